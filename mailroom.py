@@ -1,0 +1,2696 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["environs>=14", "gevent>=24.10", "requests>=2.32", "sseclient-py>=1.8"]
+# ///
+"""Mailroom: one tap of a label triages a whole sender.
+
+Put a triage label (say `@ToFeed`) on one mail. Mailroom hears of it over JMAP push, puts the
+sender into the contact group `Feed`, files the sender's mails into `Feed` and takes the label off.
+The labels are the queue, the mails and contact groups are the state; nothing is stored here.
+
+    EventSource stream --> sse_listener --> event queue --> debounce --+
+                                                                       +--> one triage cycle
+    poll timer (fallback, and a safety net while push is up) ----------+
+
+A cycle reads the mailbox as it is (`Triage.read`), decides with pure functions (`plan_sender`) and
+then writes in an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts,
+mails, and last the label. Whatever was missed or failed, the next cycle sees.
+
+Read this file from top to bottom: settings, the triage rules, JMAP, contacts, push, the service.
+A section needs only the sections above it. Run it with `python mailroom.py`.
+"""
+
+# The sockets are patched before anything imports them: a blocked read is then a greenlet that
+# gives way to the others and can be killed.
+from gevent import monkey
+
+monkey.patch_all()
+
+import argparse
+import codecs
+import ipaddress
+import json
+import logging
+import os
+import queue
+import re
+import signal
+import sys
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, date, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import urljoin, urlsplit
+from xml.etree import ElementTree
+
+import gevent
+import gevent.event
+import gevent.pywsgi
+import gevent.queue
+import requests
+import urllib3
+from environs import Env, FileAwareEnv
+from requests.auth import AuthBase, HTTPBasicAuth
+from sseclient import SSEClient
+
+VERSION = "1.0"
+JSON = dict[str, Any]
+LEVELS = ("debug", "info", "warning", "error")
+LOG = logging.getLogger("mailroom")
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------
+
+
+class MailroomError(Exception):
+    """Something a person can act on. Its text is one line: what was wrong, and what to do."""
+
+
+class ConfigurationError(MailroomError):
+    """Settings, credentials or the account are not fit for use; before the first cycle has
+    succeeded it ends the program with status 2. `problems` holds one line for each thing wrong."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class ServerError(MailroomError):
+    """A server could not be reached or did not do what was asked; worth another try.
+
+    `answered`: it was this very request that the server turned down, so that another may do
+    better. `retry_after`: the seconds the server wants to be left alone.
+    """
+
+    def __init__(self, text: str, *, answered: bool = False, retry_after: float = 0) -> None:
+        super().__init__(text)
+        self.answered = answered
+        self.retry_after = retry_after
+
+
+class ShuttingDown(MailroomError):  # noqa: N818  (a reason to stop, not an error)
+    """Raised in place of the next request once the program was asked to stop."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Category:
+    """One way to triage a sender. Names are those the user sees; `parent` is a category's name."""
+
+    name: str
+    label: str
+    contact_group: str
+    destination_mailbox: str
+    parent: str = ""
+    contact_type: str = "company"
+    add_to_inbox: bool = False
+
+
+DEFAULT_CATEGORIES: list[Any] = [
+    {"name": "Imbox", "add_to_inbox": True},
+    "Feed",
+    "Paper Trail",
+    "Jail",
+    {"name": "Person", "parent": "Imbox", "contact_type": "person"},
+    {"name": "Billboard", "parent": "Paper Trail"},
+    {"name": "Truck", "parent": "Paper Trail"},
+]
+
+
+def parse_category(entry: Any) -> Category:
+    """A category from an entry of the list: a name or an object. Raises ConfigurationError."""
+    given = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, dict):
+        raise ConfigurationError(f"{entry!r} is neither a name nor an object")
+    name = given.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigurationError(f"{entry!r} has no name")
+    defaults = {"label": "@To" + "".join(name.split()), "contact_group": name}
+    values = {**defaults, "destination_mailbox": name, **given}
+    problems = [
+        f"{name}: {key}={value!r} is not {accepted}"
+        for key, value in given.items()
+        if (accepted := _category_wants(key, value))
+    ]
+    if problems:
+        raise ConfigurationError(*problems)
+    return Category(**values)
+
+
+def _category_wants(key: str, value: Any) -> str:
+    """What a category accepts for `key`, or nothing when `value` is that."""
+    if key not in Category.__dataclass_fields__:
+        return f"a known key ({', '.join(Category.__dataclass_fields__)})"
+    if key == "add_to_inbox":
+        return "" if isinstance(value, bool) else "true or false"
+    if key == "contact_type":
+        return "" if value in ("company", "person") else '"company" or "person"'
+    good = isinstance(value, str) and (value.strip() or key == "parent")
+    return "" if good else "a text with something in it"
+
+
+def ancestors(category: Category, categories: Iterable[Category]) -> list[Category]:
+    """The parents of a category, nearest first; ends where one is unknown or comes again."""
+    by_name = {each.name: each for each in categories}
+    chain = [category]
+    while (parent := by_name.get(chain[-1].parent)) and parent not in chain:
+        chain.append(parent)
+    return chain[1:]
+
+
+def category_problems(categories: Sequence[Category], reserved: Iterable[str]) -> Iterator[str]:
+    """All that is wrong with a set of categories, one line each. `reserved`: the names of the
+    Screener, the error and warning labels and the provenance group."""
+    if not categories:
+        yield "there is no category"
+    names, labels = [each.name for each in categories], [each.label for each in categories]
+    yield from (f"the name {name} comes twice" for name, n in Counter(names).items() if n > 1)
+    yield from (f"the label {name} comes twice" for name, n in Counter(labels).items() if n > 1)
+    taken = {name.casefold() for name in reserved}
+    destinations = {each.destination_mailbox.casefold() for each in categories}
+    for each in categories:
+        if each.parent and each.parent not in names:
+            yield f"{each.name}: there is no parent {each.parent}"
+        elif any(above.parent == each.name for above in [each, *ancestors(each, categories)]):
+            yield f"{each.name} is its own ancestor"
+        if each.destination_mailbox.casefold() == "inbox":
+            yield f'{each.name}: the destination is the Inbox; say "add_to_inbox": true instead'
+        for used in sorted({each.label, each.contact_group, each.destination_mailbox}):
+            if used.casefold() in taken:
+                yield f"{each.name}: {used} is the name of something else of Mailroom's"
+        if each.label.casefold() in destinations | {"inbox"}:
+            yield f"{each.name}: the label {each.label} is also a destination"
+    for i, one in enumerate(categories):
+        for other in categories[i + 1 :]:
+            family = [*ancestors(one, categories), *ancestors(other, categories)]
+            same = one.contact_group.casefold() == other.contact_group.casefold()
+            if same and one.name != other.name and one not in family and other not in family:
+                yield f"{one.name} and {other.name} share the group {one.contact_group}"
+
+
+class Setting(NamedTuple):
+    """A row of the settings table: the environs parser, the default (`...`: required), what the
+    user is told is accepted, and whether a parsed value is."""
+
+    parser: str
+    default: Any
+    accepts: str
+    fits: Callable[[Any], bool]
+    secret: bool = False
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _name(value: Any) -> bool:
+    return _text(value) and bool(value.strip())
+
+
+def _token(value: Any) -> bool:
+    return _name(value) and value.isascii() and " " not in value
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: not isinstance(value, bool) and low <= value <= high
+
+
+def _one_of(*words: Any) -> Callable[[Any], bool]:
+    return lambda value: value in words
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _default_log_format() -> str:
+    return "text" if sys.stderr.isatty() else "json"
+
+
+def is_safe_url(url: Any) -> bool:
+    """Whether a secret may be sent there: https, or plain http to a loopback address."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if parts.scheme != "http":
+            return parts.scheme == "https" and bool(host)
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except (ValueError, AttributeError):
+        return False
+
+
+SAFE_URL = "an https:// address (http:// only to this machine itself)"
+_MAILBOX = "the name of a mailbox"
+SETTINGS = {
+    "jmap_token": Setting("str", ..., "an API token, or in ..._FILE its file", _token, True),
+    "jmap_url": Setting("str", "https://api.fastmail.com/jmap/session", SAFE_URL, is_safe_url),
+    "jmap_username": Setting("str", "", "a user name", _text),
+    "carddav_username": Setting("str", "", "a user name", _text),
+    "carddav_password": Setting("str", "", "a password, or in ..._FILE its file", _text, True),
+    "carddav_url": Setting("str", "https://carddav.fastmail.com", SAFE_URL, is_safe_url),
+    "poll_interval": Setting("int", 60, "whole seconds, 1 to 86400", _number(1, 86400)),
+    "debounce_seconds": Setting("float", 3.0, "seconds, 0 to 600", _number(0, 600)),
+    "log_level": Setting("str", "info", "debug, info, warning or error", _one_of(*LEVELS)),
+    "log_format": Setting("str", _default_log_format, "json or text", _one_of("json", "text")),
+    "screener_mailbox": Setting("str", "Screener", _MAILBOX, _name),
+    "label_mailroom_error": Setting("str", "@MailroomError", _MAILBOX, _name),
+    "label_mailroom_warning": Setting("str", "@MailroomWarning", _MAILBOX, _name),
+    "warnings_enabled": Setting("bool", True, "true or false", _one_of(True, False)),
+    "provenance_group": Setting("str", "Mailroom", "the name of a contact group", _name),
+    "triage_categories": Setting("json", DEFAULT_CATEGORIES, "a JSON list of categories", _list),
+    "health_host": Setting("str", "127.0.0.1", "an address to listen on", _name),
+    "health_port": Setting("int", 8080, "a port, 1 to 65535, or 0 for none", _number(0, 65535)),
+}
+
+
+class MailroomSettings:
+    """The settings, read from the environment when constructed; keyword arguments override it.
+
+    An environment variable that is empty counts as not set. Raises ConfigurationError with a line
+    for every bad setting, and TypeError for a keyword that is no setting.
+    """
+
+    jmap_token: str
+    jmap_url: str
+    jmap_username: str
+    carddav_username: str
+    carddav_password: str
+    carddav_url: str
+    poll_interval: int
+    debounce_seconds: float
+    log_level: str
+    log_format: str
+    screener_mailbox: str
+    label_mailroom_error: str
+    label_mailroom_warning: str
+    warnings_enabled: bool
+    provenance_group: str
+    triage_categories: tuple[Category, ...]
+    health_host: str
+    health_port: int
+
+    def __init__(self, **overrides: Any) -> None:
+        if unknown := overrides.keys() - SETTINGS.keys():
+            raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
+        problems: list[str] = []
+        for name in SETTINGS:
+            try:
+                setattr(self, name, read_setting(name, overrides))
+            except ConfigurationError as error:
+                problems += error.problems
+        if not problems:
+            problems += self._check_together()
+        if problems:
+            raise ConfigurationError(*problems)
+
+    def _check_together(self) -> Iterator[str]:
+        if self.carddav_username and not self.carddav_password:
+            yield "MAILROOM_CARDDAV_PASSWORD is not set: MAILROOM_CARDDAV_USERNAME needs it"
+        reserved = [self.screener_mailbox, self.label_mailroom_error, self.label_mailroom_warning]
+        if len({name.casefold() for name in reserved}) < len(reserved):
+            yield (
+                f"MAILROOM_SCREENER_MAILBOX={reserved[0]!r}, MAILROOM_LABEL_MAILROOM_ERROR="
+                f"{reserved[1]!r} and MAILROOM_LABEL_MAILROOM_WARNING={reserved[2]!r} have to differ"
+            )
+        for problem in category_problems(
+            self.triage_categories, [*reserved, self.provenance_group]
+        ):
+            yield f"MAILROOM_TRIAGE_CATEGORIES: {problem}"
+
+    def __repr__(self) -> str:
+        shown = (f"{n}={getattr(self, n)!r}" for n, row in SETTINGS.items() if not row.secret)
+        return f"MailroomSettings({', '.join(shown)})"
+
+    def redact(self, text: str) -> str:
+        """The text with every secret in it blotted out."""
+        for secret in (self.jmap_token, self.carddav_password):
+            text = text.replace(secret, "[secret]") if secret else text
+        return text
+
+
+def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
+    """One setting's value, from the overrides, the environment or the defaults.
+
+    Raises ConfigurationError that names the variable, its value (never a secret's) and what is
+    accepted.
+    """
+    variable, row = f"MAILROOM_{name.upper()}", SETTINGS[name]
+    try:
+        value = overrides[name] if name in overrides else _from_environment(variable, row)
+        if row.fits(value):
+            return parse_categories(value) if name == "triage_categories" else value
+    except (ValueError, TypeError):  # environs' errors are ValueErrors
+        value = overrides.get(name, os.environ.get(variable))
+    source = os.environ.get(f"{variable}_FILE")
+    shown = (f" (in the file {source!r})" if source else "") if row.secret else f"={value!r}"
+    raise ConfigurationError(f"{variable}{shown}: give {row.accepts}")
+
+
+def _from_environment(variable: str, row: Setting) -> Any:
+    env = FileAwareEnv(strip_whitespace=True) if row.secret else Env()
+    if not env.str(variable, ""):
+        return row.default() if callable(row.default) else row.default
+    return getattr(env, row.parser)(variable)
+
+
+def parse_categories(entries: list[Any]) -> tuple[Category, ...]:
+    """The categories of the JSON list; raises ConfigurationError with all that is wrong in it."""
+    categories, problems = [], []
+    for entry in entries:
+        try:
+            categories.append(parse_category(entry))
+        except ConfigurationError as error:
+            problems += [f"MAILROOM_TRIAGE_CATEGORIES: {line}" for line in error.problems]
+    if problems:
+        raise ConfigurationError(*problems)
+    return tuple(categories)
+
+
+# ------------------------------------------------------------------------------------------------
+# The triage rules: plain values in, plain values out
+# ------------------------------------------------------------------------------------------------
+
+CREATED_NOTE = "Created by Mailroom"
+MailPatch = dict[str, bool | None]
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What triage has to know of a mail. `sender`: the first From address in lower case, empty
+    where there is none; `mailboxes`: ids; `received`: a UTCDate (RFC 8620 section 1.4)."""
+
+    id: str
+    sender: str
+    display_name: str
+    mailboxes: frozenset[str]
+    received: str = ""
+
+    def patched(self, patch: MailPatch) -> "Mail":
+        """The mail as it is once the patch is applied."""
+        changed = {path.removeprefix("mailboxIds/"): stays for path, stays in patch.items()}
+        added = {box for box, stays in changed.items() if stays}
+        return replace(self, mailboxes=(self.mailboxes | added) - (changed.keys() - added))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A contact, or a group of contacts, wherever it is kept. `ref` is the store's own handle,
+    `notes` its texts by the store's own keys, `members` the uids of a group's contacts."""
+
+    uid: str
+    ref: str
+    name: str = ""
+    emails: frozenset[str] = frozenset()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+    is_group: bool = False
+    members: frozenset[str] = frozenset()
+
+    @property
+    def note_lines(self) -> list[str]:
+        return [line for text in self.notes.values() for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class CardChange:
+    """What to do with one card. Without `card` one is made. `name` goes to a card that has none,
+    `note` are lines to add, `add` and `remove` the uids that join or leave a group."""
+
+    uid: str
+    card: Card | None = None
+    address: str = ""
+    name: str = ""
+    is_person: bool = False
+    note: tuple[str, ...] = ()
+    add: frozenset[str] = frozenset()
+    remove: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The ids of the mailboxes that Mailroom works with. `labels`: {id: its category},
+    `destinations`: {category name: id}; `warning` is empty when warnings are off."""
+
+    inbox: str
+    screener: str
+    error: str
+    warning: str
+    labels: Mapping[str, Category]
+    destinations: Mapping[str, str]
+
+    @property
+    def managed(self) -> frozenset[str]:
+        """What a sender's mails may be taken out of: the Screener and all destinations."""
+        return frozenset({self.screener, *self.destinations.values()})
+
+    def label_of(self, category: Category) -> str:
+        return next(box for box, each in self.labels.items() if each == category)
+
+    @property
+    def queue(self) -> frozenset[str]:
+        """Where a cycle looks for work: the triage labels and the error label."""
+        return frozenset({*self.labels, self.error})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What triage decides by: the categories, the provenance group, and the date for notes."""
+
+    categories: tuple[Category, ...]
+    provenance_group: str
+    today: date
+
+    def family(self, category: Category) -> list[Category]:
+        """The category and its ancestors: a sender belongs to all of them."""
+        return [category, *ancestors(category, self.categories)]
+
+    def is_managed(self, card: Card) -> bool:
+        """Whether a card is a category's group."""
+        return card.is_group and any(
+            card.name == category.contact_group for category in self.categories
+        )
+
+
+@dataclass(frozen=True)
+class SenderPlan:
+    """All that a cycle does for one sender, in this order: write the contact and join the groups,
+    leave other groups, re-file the mails, take the labels off. The patches go by mail id."""
+
+    sender: str
+    category: Category
+    contact: CardChange
+    join: tuple[Card, ...]
+    leave: tuple[Card, ...]
+    refile: Mapping[str, MailPatch]
+    finish: Mapping[str, MailPatch]
+    name_differs: bool
+
+    def to_leave(self, refused: Collection[str]) -> tuple[Card, ...]:
+        """The groups to leave, given the uids of the cards whose change was refused: none before
+        all others are joined; and a contact that was not made is no member of anything."""
+        if self.contact.uid in refused:
+            return () if self.contact.card else self.join
+        return () if any(group.uid in refused for group in self.join) else self.leave
+
+
+def mail_patch(mail: Mail, add: Iterable[str], remove: Iterable[str]) -> MailPatch:
+    """The Email/set patch (RFC 8621 section 4.6) that adds a mail to and removes it from mailboxes;
+    empty when nothing has to change.
+
+    A patch that takes a mailbox away always names one that stays: a server may otherwise delete a
+    mail that has meanwhile left all others. So a mail is never taken out of its only mailbox.
+    """
+    added = set(add)
+    stays = (mail.mailboxes | added) - set(remove)
+    gone = mail.mailboxes - stays
+    if not stays or not (gone or added - mail.mailboxes):
+        return {}
+    named = sorted(added & stays or {min(stays)})
+    return {f"mailboxIds/{box}": True for box in named} | {
+        f"mailboxIds/{box}": None for box in sorted(gone)
+    }
+
+
+def sort_queue(
+    mails: Iterable[Mail], boxes: Boxes, own: Collection[str]
+) -> tuple[dict[str, Category], frozenset[str]]:
+    """What the labels ask for: {sender: category}, and the ids of the mails that ask for what
+    cannot be done: the sender carries several triage labels (a conflict), is missing, or is the
+    user (`own` addresses)."""
+    labelled = [mail for mail in mails if mail.mailboxes & boxes.labels.keys()]
+    asked: dict[str, set[str]] = defaultdict(set)
+    for mail in labelled:
+        asked[mail.sender] |= mail.mailboxes & boxes.labels.keys()
+    decided = {
+        sender: boxes.labels[min(labels)]
+        for sender, labels in asked.items()
+        if sender and sender not in own and len(labels) == 1
+    }
+    return decided, frozenset(mail.id for mail in labelled if mail.sender not in decided)
+
+
+def error_patches(
+    mails: Iterable[Mail], decided: Collection[str], unusable: Collection[str], boxes: Boxes
+) -> dict[str, MailPatch]:
+    """{mail id: patch}: the error label for the unusable mails, and no longer for those that have
+    ceased to be; the decided senders' own plans see to theirs."""
+    return {
+        mail.id: mail_patch(mail, [boxes.error], [])
+        if mail.id in unusable
+        else mail_patch(mail, [], [boxes.error])
+        for mail in mails
+        if mail.sender not in decided
+    }
+
+
+def contact_uid(address: str, taken: Collection[str] = ()) -> str:
+    """The uid of a new contact for an address. It is always the same, so that no server makes the
+    contact twice; or the next in line where the user gave that contact another address."""
+    for n in range(len(taken) + 1):
+        uid = uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{address}?mailroom={n}").urn
+        if uid not in taken:
+            break
+    return uid
+
+
+def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]) -> Card | None:
+    """The contact that has exactly this address: one in a managed group before others, then the
+    oldest."""
+    grouped = {uid for group in managed for uid in group.members}
+    return min(
+        (contact for contact in contacts if address in contact.emails),
+        key=lambda contact: (contact.uid not in grouped, contact.created or "~", contact.uid),
+        default=None,
+    )
+
+
+def full_name(display_name: str) -> str:
+    """A display name as it is said: white space folded, `Last, First` turned round."""
+    name = " ".join(display_name.split())
+    last, comma, first = name.partition(", ")
+    return f"{first} {last}" if comma and not re.search("[ ,]", first + last) else name
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(given name, surname) of a person's full name."""
+    given, _, surname = name.rpartition(" ")
+    return (given, surname) if given else (surname, "")
+
+
+def plan_contact(
+    sender: str, category: Category, display_name: str, contacts: Collection[Card], rules: Rules
+) -> CardChange:
+    """The contact's part in a sender's plan: only what is empty is filled, nothing overwritten.
+    `contacts`: those with the address, and whoever has the uid that a new one would get."""
+    managed = [card for card in contacts if rules.is_managed(card)]
+    found = find_contact(sender, (card for card in contacts if not card.is_group), managed)
+    triaged = f"Triaged to {category.contact_group} on {rules.today.isoformat()}"
+    if found:
+        name = "" if found.name else full_name(display_name)
+        note = () if triaged in found.note_lines else (triaged,)
+        return CardChange(found.uid, found, name=name, note=note)
+    return CardChange(
+        contact_uid(sender, {card.uid for card in contacts}),
+        address=sender,
+        name=full_name(display_name) or sender,
+        is_person=category.contact_type == "person",
+        note=(CREATED_NOTE, triaged),
+    )
+
+
+def plan_groups(
+    uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
+) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
+    """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
+    managed one. Of two groups with one name the first is joined."""
+    now = [group for group in groups if uid in group.members]
+    missing = set(wanted) - {group.name for group in now}
+    first = {group.name: group for group in sorted(groups, key=lambda group: group.uid)[::-1]}
+    leave = (group for group in now if rules.is_managed(group) and group.name not in wanted)
+    return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
+
+
+def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[str]]]:
+    """(group, the uids that it is paired with) for each group."""
+    groups: dict[str, Card] = {}
+    uids: dict[str, set[str]] = defaultdict(set)
+    for group, uid in pairs:
+        groups[group.uid] = group
+        uids[group.uid].add(uid)
+    return [(group, frozenset(uids[key])) for key, group in groups.items()]
+
+
+def plan_mails(
+    mails: Iterable[Mail], family: Sequence[Category], boxes: Boxes, warn: bool
+) -> tuple[dict[str, MailPatch], dict[str, MailPatch]]:
+    """(patches that re-file, patches that then take the labels off), each {mail id: patch}. Mails
+    that are neither labelled nor in a managed mailbox stay where they are. Only the label that is
+    carried out comes off: another may have been put on meanwhile."""
+    category, label = family[0], boxes.label_of(family[0])
+    destinations = {boxes.destinations[each.name] for each in family}
+    refile, finish = {}, {}
+    for mail in mails:
+        tapped = label in mail.mailboxes
+        add = set(destinations) if tapped or mail.mailboxes & boxes.managed else set()
+        if category.add_to_inbox and boxes.screener in mail.mailboxes:
+            add.add(boxes.inbox)
+        if tapped and warn:
+            add.add(boxes.warning)
+        refile[mail.id] = mail_patch(mail, add, boxes.managed - add)
+        finish[mail.id] = mail_patch(
+            mail.patched(refile[mail.id]), destinations if tapped else (), [label, boxes.error]
+        )
+    return refile, finish
+
+
+def name_differs(contact: Card | None, display_name: str) -> bool:
+    """Whether the user knows the sender under another name than the mail gives."""
+    if not contact or not contact.name or not display_name:
+        return False
+    return full_name(contact.name).casefold() != full_name(display_name).casefold()
+
+
+def plan_sender(
+    sender: str,
+    category: Category,
+    mails: Collection[Mail],
+    cards: Collection[Card],
+    rules: Rules,
+    boxes: Boxes,
+) -> SenderPlan:
+    """What to do for a sender, given the sender's mails that were found, the labelled among them,
+    and the cards that were: contacts and groups."""
+    labelled = [mail for mail in mails if boxes.label_of(category) in mail.mailboxes]
+    display_name = max(labelled, key=lambda mail: (mail.received, mail.id)).display_name
+    contact = plan_contact(sender, category, display_name, cards, rules)
+    family = rules.family(category)
+    wanted = {each.contact_group for each in family}
+    if CREATED_NOTE in [*contact.note, *(contact.card.note_lines if contact.card else ())]:
+        wanted.add(rules.provenance_group)
+    groups = [card for card in cards if card.is_group]
+    join, leave = plan_groups(contact.uid, wanted, groups, rules)
+    differs = bool(boxes.warning) and name_differs(contact.card, display_name)
+    refile, finish = plan_mails(mails, family, boxes, differs)
+    return SenderPlan(sender, category, contact, join, leave, refile, finish, differs)
+
+
+# ------------------------------------------------------------------------------------------------
+# HTTP: who is sent the credentials, how long and how large a reply may be
+# ------------------------------------------------------------------------------------------------
+
+CONNECT_TIMEOUT = 10.0
+READ_TIMEOUT = 60.0
+MAX_REPLY_BYTES = 64 * 2**20
+MAX_REDIRECTS = 5
+MAX_RETRY_AFTER = 3600.0
+
+
+class BearerAuth(AuthBase):
+    """Sends a token (RFC 6750). An auth object, since a header would be replaced by ~/.netrc."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+def credentials(token: str, username: str = "") -> AuthBase:
+    """HTTP Basic where there is a user name, a Bearer token where not."""
+    return HTTPBasicAuth(username.encode(), token.encode()) if username else BearerAuth(token)
+
+
+class Reply(NamedTuple):
+    """A whole HTTP reply. `url`: where it came from, after redirects."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    url: str
+
+
+class HTTPClient:
+    """Requests that carry the credentials to those they are meant for, and to no one else.
+    `stopping` is asked before each request."""
+
+    def __init__(self, auth: AuthBase, stopping: Callable[[], bool] = bool) -> None:
+        self.count = 0
+        self._auth = auth
+        self._stopping = stopping
+        self._session = requests.Session()
+        self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
+
+    def open(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        read_timeout: float | None = READ_TIMEOUT,
+    ) -> requests.Response:
+        """A response whose body is not read yet. Redirects are followed within the origin.
+
+        Raises ServerError when there is none, ConfigurationError for a URL that is not safe, and
+        ShuttingDown.
+        """
+        for _ in range(MAX_REDIRECTS):
+            if self._stopping():
+                raise ShuttingDown
+            if not is_safe_url(url):
+                raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
+            # Plain http goes to this machine only, which is nothing for a proxy to see.
+            self._session.trust_env = url.startswith("https:")
+            self.count += 1
+            try:
+                response = self._session.request(
+                    method,
+                    url,
+                    headers=headers,
+                    data=body,
+                    auth=self._auth,
+                    timeout=(CONNECT_TIMEOUT, read_timeout),
+                    allow_redirects=False,
+                    stream=True,
+                )
+            except (requests.RequestException, OSError) as error:
+                raise ServerError(f"{url} cannot be reached: {network_reason(error)}") from None
+            if not response.is_redirect:
+                return response
+            response.close()
+            url = same_origin(url, response.headers["Location"])
+        raise ServerError(f"{url} redirects without end")
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        accept: Collection[int] = (200,),
+    ) -> Reply:
+        """A whole reply, with one of the statuses to accept. Raises ConfigurationError when the
+        credentials are refused, ServerError, and ShuttingDown."""
+        with self.open(method, url, headers, body) as response:
+            reply = Reply(
+                response.status_code, response.headers, read_bounded(response), response.url
+            )
+        if reply.status not in accept:
+            raise refusal(reply)
+        return reply
+
+
+def refusal(reply: Reply) -> MailroomError:
+    """What an unwanted reply means."""
+    said = f"{reply.url} answers HTTP {reply.status}{problem_detail(reply.body)}"
+    if reply.status in (401, 403):
+        return ConfigurationError(f"{said}: the credentials are not accepted")
+    busy = reply.status in (429, 503)
+    return ServerError(said, answered=not busy, retry_after=retry_after(reply.headers))
+
+
+def read_bounded(response: requests.Response) -> bytes:
+    """The body of a response. Raises ServerError when it is cut off or beyond MAX_REPLY_BYTES."""
+    content = bytearray()
+    try:
+        for chunk in response.iter_content(2**16):
+            content += chunk
+            if len(content) > MAX_REPLY_BYTES:
+                raise ServerError(f"{response.url} sends more than {MAX_REPLY_BYTES} bytes")
+    except (requests.RequestException, OSError) as error:
+        raise ServerError(f"{response.url} broke off: {network_reason(error)}") from None
+    return bytes(content)
+
+
+def same_origin(url: str, location: str) -> str:
+    """Where a redirect leads. A server behind a TLS proxy may say http where it means https.
+
+    Raises ConfigurationError for another origin: the credentials are not meant for it.
+    """
+    here, there = urlsplit(url), urlsplit(urljoin(url, location))
+    if here.scheme == "https" and there.scheme == "http" and here.hostname == there.hostname:
+        there = there._replace(scheme=here.scheme, netloc=here.netloc)
+    if (here.scheme, here.netloc) != (there.scheme, there.netloc):
+        raise ConfigurationError(
+            f"{url} redirects to {there.geturl()}: if that is right, put that into the settings"
+        )
+    return there.geturl()
+
+
+def network_reason(error: BaseException) -> str:
+    """The innermost cause of a network error, in one line."""
+    while True:
+        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+
+
+def problem_detail(body: bytes) -> str:
+    """What the server says of its error (RFC 7807), to be put behind a message."""
+    try:
+        problem = json.loads(body)
+        said = problem.get("detail") or problem.get("type") or ""
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return f": {str(said)[:200]}" if said else ""
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """The seconds of a Retry-After header (RFC 9110 section 10.2.3); 0 without a sound one."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return min(float(value[:9]), MAX_RETRY_AFTER)
+    try:
+        wait = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+    return min(max(wait, 0.0), MAX_RETRY_AFTER)
+
+
+# ------------------------------------------------------------------------------------------------
+# JMAP (RFC 8620)
+# ------------------------------------------------------------------------------------------------
+
+CORE = "urn:ietf:params:jmap:core"
+MAIL = "urn:ietf:params:jmap:mail"
+CONTACTS = "urn:ietf:params:jmap:contacts"
+SUBMISSION = "urn:ietf:params:jmap:submission"
+MAX_PAGE = 4096
+SESSION_URLS = ("apiUrl", "eventSourceUrl")
+NAME_PARTS = ("given", "given2", "surname")
+# What a server takes at once (RFC 8620 section 2) if it does not say.
+DEFAULT_LIMITS = {
+    "maxSizeRequest": 10_000_000,
+    "maxCallsInRequest": 16,
+    "maxObjectsInGet": 500,
+    "maxObjectsInSet": 500,
+}
+
+Call = tuple[str, JSON]
+
+
+class MethodError(ServerError):
+    """A method-level error (RFC 8620 section 3.6.2)."""
+
+    def __init__(self, method: str, error: JSON) -> None:
+        super().__init__(f"{method} is refused: {error_text(error)}", answered=True)
+
+
+Answer = JSON | MethodError
+Found = list[Any] | MethodError
+
+
+class Query(NamedTuple):
+    """A Foo/query with the Foo/get of what it finds. `parse` makes a value of each object, or None
+    of one that is not wanted; `newest`: only so many are looked at, by `receivedAt`."""
+
+    type: str
+    filter: JSON
+    properties: Sequence[str]
+    parse: Callable[[JSON], Any]
+    newest: int = 0
+
+
+def error_text(error: JSON) -> str:
+    """A method error or SetError in one line: its type, and what else it says."""
+    parts = [str(error.get("type", "unknown error")), *map(str, error.get("properties") or [])]
+    if error.get("description"):
+        parts.append(f"({error['description']})")
+    return " ".join(parts)[:300]
+
+
+def expect(answer: T | MethodError) -> T:
+    """What a method or a query brought. Raises the MethodError that it may be."""
+    if isinstance(answer, MethodError):
+        raise answer
+    return answer
+
+
+def any_of(conditions: Iterable[JSON]) -> JSON:
+    """The filter (RFC 8620 section 5.5) that is met where one of the conditions is."""
+    return {"operator": "OR", "conditions": list(conditions)}
+
+
+def in_any(mailboxes: Iterable[str]) -> JSON:
+    """The filter for the mails in one of the mailboxes, given by id."""
+    return any_of({"inMailbox": box} for box in sorted(mailboxes))
+
+
+def chunks(items: Mapping[str, Any], limits: Mapping[str, int]) -> Iterator[JSON]:
+    """The items in portions that fit one Foo/set call each."""
+    portion: JSON = {}
+    size = 0
+    for key, value in items.items():
+        cost = len(json.dumps([key, value]))
+        full = (
+            len(portion) >= limits["maxObjectsInSet"] or size + cost > limits["maxSizeRequest"] // 2
+        )
+        if portion and full:
+            yield portion
+            portion, size = {}, 0
+        portion[key] = value
+        size += cost
+    if portion:
+        yield portion
+
+
+@contextmanager
+def understood(url: str) -> Iterator[None]:
+    """While a reply is decoded: one that is not of the shape it should be is a ServerError."""
+    try:
+        yield
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+        SyntaxError,
+    ) as error:
+        said = f"{type(error).__name__} {error}"[:200]
+        raise ServerError(f"{url} sends a reply that cannot be understood ({said})") from None
+
+
+def session_url(place: str) -> str:
+    """The URL of the session object: of a host name, a bare origin (RFC 8620 section 2.2) or as it
+    is."""
+    if "://" not in place:
+        return f"https://{place}/jmap/session"
+    return urljoin(place, "/.well-known/jmap") if urlsplit(place).path in ("", "/") else place
+
+
+class JMAPClient:
+    """A JMAP session and the requests that are made in it. `hostname`: a host, or a URL."""
+
+    def __init__(
+        self,
+        token: str,
+        hostname: str = "api.fastmail.com",
+        *,
+        username: str = "",
+        stopping: Callable[[], bool] = bool,
+    ) -> None:
+        self.session_url = session_url(hostname)
+        self.http = HTTPClient(credentials(token, username), stopping)
+        self.limits = DEFAULT_LIMITS
+        self.stale = True
+        self._session: JSON = {}
+        self._urls: dict[str, str] = {}
+        self._state_seen = ""
+
+    def connect(self) -> None:
+        """Fetch the session (RFC 8620 section 2).
+
+        Raises ConfigurationError for refused credentials, an account without mail or a URL that
+        secrets must not go to, and ServerError.
+        """
+        reply = self.http.request("GET", self.session_url, {"Accept": "application/json"})
+        with understood(reply.url):
+            session = json.loads(reply.body)
+            offered = session["capabilities"].get(CORE) or {}
+            limits = {name: int(offered.get(name, n)) for name, n in DEFAULT_LIMITS.items()}
+            urls = {
+                key: urljoin(reply.url, session[key]) for key in SESSION_URLS if session.get(key)
+            }
+            if not session["primaryAccounts"].get(MAIL):
+                raise ConfigurationError(f"{reply.url}: the token gives no access to mail")
+            if not (
+                limits["maxCallsInRequest"] >= 4 and min(limits.values()) > 0 and "apiUrl" in urls
+            ):
+                raise ValueError("no apiUrl, or limits too low to work with")
+        if unsafe := [url for url in urls.values() if not is_safe_url(url)]:
+            raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
+        self._session, self._urls, self.limits, self.stale = session, urls, limits, False
+        self._state_seen = self._state_seen or str(session.get("state", ""))
+
+    @property
+    def account_id(self) -> str:
+        """The account for mail. Raises RuntimeError before `connect()`."""
+        if not self._session:
+            raise RuntimeError("connect() comes first")
+        return str(self._session["primaryAccounts"][MAIL])
+
+    @property
+    def session_capabilities(self) -> JSON:
+        """What the session offers: {capability URN: its properties}; empty before `connect()`."""
+        return dict(self._session.get("capabilities") or {})
+
+    @property
+    def event_source_url(self) -> str | None:
+        """The session's `eventSourceUrl`, maybe a template; None without one."""
+        return self._urls.get("eventSourceUrl")
+
+    def own_addresses(self) -> frozenset[str]:
+        """The user's own addresses, as far as the session tells, in lower case."""
+        own = {str(self._session.get("username") or "")}
+        if self.offers(SUBMISSION):
+            [[answer]] = self.send([[("Identity/get", {"ids": None})]])
+            identities = [] if isinstance(answer, MethodError) else answer.get("list") or []
+            own |= {str(identity.get("email")) for identity in identities}
+        return frozenset(address.lower() for address in own)
+
+    def offers(self, capability: str) -> bool:
+        """Whether the session has an account for the capability."""
+        return bool(self._session["primaryAccounts"].get(capability))
+
+    def is_read_only(self, capability: str) -> bool:
+        accounts = self._session.get("accounts") or {}
+        account = accounts.get(self._session["primaryAccounts"].get(capability)) or {}
+        return bool(account.get("isReadOnly"))
+
+    def send(self, groups: Sequence[Sequence[Call]]) -> list[list[Answer]]:
+        """The answers to groups of calls, in as few requests as the limits allow.
+
+        The calls of a group stay in one request and may refer to each other: `resultOf` in a
+        result reference (RFC 8620 section 3.7) is the number of a call in its group.
+        """
+        answers: list[list[Answer]] = []
+        for batch in self._batches(groups):
+            calls = [
+                numbered_call(call, number, n)
+                for number, group in enumerate(batch)
+                for n, call in enumerate(group)
+            ]
+            flat = iter(self._post(calls))
+            answers += [[next(flat) for _ in group] for group in batch]
+        return answers
+
+    def _batches(self, groups: Sequence[Sequence[Call]]) -> Iterator[list[Sequence[Call]]]:
+        batch: list[Sequence[Call]] = []
+        calls, size = 0, 0
+        for group in groups:
+            cost = len(json.dumps(group)) + 200 * len(group)
+            full = calls + len(group) > self.limits["maxCallsInRequest"]
+            if batch and (full or size + cost > self.limits["maxSizeRequest"]):
+                yield batch
+                batch, calls, size = [], 0, 0
+            batch.append(group)
+            calls, size = calls + len(group), size + cost
+        if batch:
+            yield batch
+
+    def _post(self, calls: Sequence[tuple[str, JSON, str]]) -> list[Answer]:
+        """One API request (RFC 8620 section 3.3); an answer for each call, in their order."""
+        body = {
+            "using": sorted({CORE, *(capability_of(method) for method, _, _ in calls)}),
+            "methodCalls": [
+                [method, {"accountId": self._account_for(method), **arguments}, call_id]
+                for method, arguments, call_id in calls
+            ],
+        }
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        reply = self.http.request("POST", self._urls["apiUrl"], headers, json.dumps(body).encode())
+        with understood(reply.url):
+            decoded = json.loads(reply.body)
+            self._notice(str(decoded.get("sessionState", "")))
+            said = {
+                call_id: (name, dict(answer))
+                for name, answer, call_id in decoded["methodResponses"]
+            }
+            return [
+                MethodError(method, said[call_id][1])
+                if said[call_id][0] == "error"
+                else said[call_id][1]
+                for method, _, call_id in calls
+            ]
+
+    def _account_for(self, method: str) -> str:
+        return str(self._session["primaryAccounts"][capability_of(method)])
+
+    def _notice(self, session_state: str) -> None:
+        """A session that has changed since the last reply is to be fetched again."""
+        self.stale = self.stale or session_state != self._state_seen
+        self._state_seen = session_state
+
+    def fetch(
+        self, queries: Sequence[Query], first: Sequence[Call] = ()
+    ) -> tuple[list[JSON], list[Found]]:
+        """The answers to the `first` calls, and for each query the values of all that it finds, or
+        its error. All of it goes into one request, and one more for each further page."""
+        answers: list[JSON] = []
+        found: list[list[Any]] = [[] for _ in queries]
+        failed: dict[int, MethodError] = {}
+        starts = dict.fromkeys(range(len(queries)), 0)
+        while first or starts:
+            pages = [self._page(queries[i], start) for i, start in starts.items()]
+            replies = self.send([[call] for call in first] + pages)
+            answers += [expect(reply[0]) for reply in replies[: len(first)]]
+            following = {}
+            for (i, start), reply in zip(starts.items(), replies[len(first) :], strict=True):
+                try:
+                    values, next_start = read_page(queries[i], start, reply)
+                except MethodError as error:
+                    failed[i] = error
+                    continue
+                found[i] += values
+                if next_start:
+                    following[i] = next_start
+            first, starts = (), following
+        return answers, [failed.get(i, values) for i, values in enumerate(found)]
+
+    def _page(self, query: Query, start: int) -> list[Call]:
+        most = min(self.limits["maxObjectsInGet"], MAX_PAGE)
+        limit = min(query.newest or most, most)
+        asked = {"filter": query.filter, "position": start, "limit": limit, "calculateTotal": True}
+        if query.type == "Email":
+            asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
+        ids = {"resultOf": 0, "name": f"{query.type}/query", "path": "/ids"}
+        return [
+            (f"{query.type}/query", asked),
+            (f"{query.type}/get", {"#ids": ids, "properties": list(query.properties)}),
+        ]
+
+
+def capability_of(method: str) -> str:
+    """The capability that a method belongs to."""
+    owners = {"AddressBook": CONTACTS, "ContactCard": CONTACTS, "Identity": SUBMISSION}
+    return owners.get(method.partition("/")[0], MAIL)
+
+
+def numbered_call(call: Call, group: int, n: int) -> tuple[str, JSON, str]:
+    """A call with its id, and the result references within its group pointed there."""
+    arguments = {
+        key: {**value, "resultOf": f"{group}.{value['resultOf']}"} if key.startswith("#") else value
+        for key, value in call[1].items()
+    }
+    return call[0], arguments, f"{group}.{n}"
+
+
+def read_page(query: Query, start: int, reply: Sequence[Answer]) -> tuple[list[Any], int]:
+    """(the values on a page, the position of the next page or 0). Raises ServerError."""
+    asked, got = map(expect, reply)
+    with understood(f"{query.type}/query"):
+        values = [value for value in map(query.parse, got["list"]) if value is not None]
+        end = start + len(asked["ids"])
+        more = asked["ids"] and not query.newest and end < asked.get("total", end + 1)
+    return values, end if more else 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Contacts over JMAP (RFC 9610)
+# ------------------------------------------------------------------------------------------------
+
+NO_CONTACTS = (
+    "the token gives no access to contacts: make one with the contacts scope, "
+    "or set MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
+)
+CARD_PROPERTIES = [
+    "id",
+    "uid",
+    "kind",
+    "name",
+    "organizations",
+    "emails",
+    "notes",
+    "created",
+    "members",
+]
+
+
+class ContactStore(Protocol):
+    """Where the contacts are kept."""
+
+    def prepare(self) -> None:
+        """Find the address book for new contacts. Raises ConfigurationError without one."""
+
+    def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
+        """What to ask the JMAP server along with other things: calls, and queries for cards."""
+
+    def cards(
+        self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
+    ) -> list[Card]:
+        """All groups, and the contacts that may be those of the addresses, given what the
+        questions brought."""
+
+    def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
+        """Carry out the changes in order; {uid: why it was refused}. Raises MailroomError."""
+
+
+class JMAPContacts:
+    """Contacts in a JMAP account."""
+
+    def __init__(self, client: JMAPClient) -> None:
+        self._client = client
+        self._address_book = ""
+        self._state = ""
+
+    def prepare(self) -> None:
+        """Find the default address book."""
+        if not self._client.offers(CONTACTS):
+            raise ConfigurationError(NO_CONTACTS)
+        if self._client.is_read_only(CONTACTS):
+            raise ConfigurationError("the token may not write contacts: it needs that scope")
+        [[answer]] = self._client.send([[("AddressBook/get", {"ids": None})]])
+        with understood("AddressBook/get"):
+            books = sorted(expect(answer)["list"], key=lambda book: not book.get("isDefault"))
+            if not books:
+                raise ConfigurationError("the account has no address book")
+            self._address_book = str(books[0]["id"])
+
+    def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
+        """The state comes first, so that a later change by someone else is noticed."""
+        wanted = [{"email": address} for address in addresses]
+        wanted += [{"uid": contact_uid(address)} for address in addresses]
+        filters = [any_of(wanted)] if addresses else []
+        queries = [
+            Query("ContactCard", filter_, CARD_PROPERTIES, jmap_card)
+            for filter_ in [{"kind": "group"}, *filters]
+        ]
+        return [("ContactCard/get", {"ids": []})], queries
+
+    def cards(
+        self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
+    ) -> list[Card]:
+        """Raises the MethodError that a query may have met: a contact not seen would be doubled."""
+        self._state = str(answers[0].get("state"))
+        return [card for cards in found for card in expect(cards)]
+
+    def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
+        """One ContactCard/set for as much as the limits allow, under `ifInState`: when anyone else
+        has written since the cards were read, nothing is done (RFC 8620 section 5.3)."""
+        refused: dict[str, str] = {}
+        entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
+        for portion in chunks(entries, self._client.limits):
+            arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}}
+            for verb, key, value in portion.values():
+                arguments[verb][key] = value
+            [[answer]] = self._client.send([[("ContactCard/set", arguments)]])
+            done = expect(answer)
+            self._state = str(done.get("newState"))
+            errors = {**(done.get("notCreated") or {}), **(done.get("notUpdated") or {})}
+            for uid, (_, key, _) in portion.items():
+                if key in errors:
+                    refused[uid] = error_text(errors[key])
+        return refused
+
+    def _entry(self, change: CardChange) -> tuple[str, str, JSON]:
+        if change.card:
+            return "update", change.card.ref, jmap_card_patch(change.card, change)
+        return "create", f"new-{uuid.UUID(change.uid)}", jmap_new_card(change, self._address_book)
+
+
+def jmap_card(raw: JSON) -> Card:
+    """A Card from a ContactCard (RFC 9553)."""
+    name = raw.get("name") or {}
+    parts = [part["value"] for part in name.get("components") or [] if part["kind"] in NAME_PARTS]
+    firms = [firm.get("name") for firm in (raw.get("organizations") or {}).values()]
+    emails = (email["address"] for email in (raw.get("emails") or {}).values())
+    return Card(
+        uid=raw["uid"],
+        ref=raw["id"],
+        name=name.get("full") or " ".join(parts) or next(filter(None, firms), ""),
+        emails=frozenset(email.strip().lower() for email in emails),
+        notes={key: note.get("note") or "" for key, note in (raw.get("notes") or {}).items()},
+        created=raw.get("created") or "",
+        is_group=raw.get("kind") == "group",
+        members=frozenset(uid for uid, there in (raw.get("members") or {}).items() if there),
+    )
+
+
+def jmap_name(change: CardChange) -> JSON:
+    """The properties that name a contact: a person's name in parts, or an organization."""
+    if not change.is_person:
+        return {"name": {"full": change.name}, "organizations": {"o1": {"name": change.name}}}
+    parts = zip(("given", "surname"), split_name(change.name), strict=True)
+    components = [{"kind": kind, "value": value} for kind, value in parts if value]
+    return {"name": {"full": change.name, "components": components, "isOrdered": True}}
+
+
+def jmap_new_card(change: CardChange, address_book: str) -> JSON:
+    """The ContactCard of a new contact."""
+    return {
+        "@type": "Card",
+        "version": "1.0",
+        "uid": change.uid,
+        "kind": "individual" if change.is_person else "org",
+        "addressBookIds": {address_book: True},
+        **jmap_name(change),
+        "emails": {"e1": {"address": change.address}},
+        "notes": {"n1": {"note": "\n".join(change.note)}},
+    }
+
+
+def jmap_card_patch(card: Card, change: CardChange) -> JSON:
+    """The patch (RFC 8620 section 5.3) for a card that is there. All that a path leads through has
+    to be there already, so the first note or member is set with what holds it."""
+    patch: JSON = {}
+    if change.name:
+        patch["name"] = jmap_name(change)["name"]
+    if change.note and card.notes:
+        key, text = next(iter(card.notes.items()))
+        patch[f"notes/{pointer(key)}/note"] = "\n".join(filter(None, [text, *change.note]))
+    elif change.note:
+        patch["notes"] = {"n1": {"note": "\n".join(change.note)}}
+    if change.add and not card.members:
+        patch["members"] = dict.fromkeys(sorted(change.add), True)
+    elif change.add:
+        patch |= {f"members/{pointer(uid)}": True for uid in sorted(change.add)}
+    return patch | {f"members/{pointer(uid)}": None for uid in sorted(change.remove)}
+
+
+def pointer(token: str) -> str:
+    """A token as it stands in a JSON pointer (RFC 6901 section 3)."""
+    return token.replace("~", "~0").replace("/", "~1")
+
+
+# ------------------------------------------------------------------------------------------------
+# vCards (RFC 6350, RFC 2426): read and edited line by line, so that all else stays as it is
+# ------------------------------------------------------------------------------------------------
+
+PROPERTY = re.compile(r'(?:[\w-]+\.)?([\w-]+)((?:;(?:[^:;"]|"[^"]*")*)*):(.*)', re.DOTALL)
+APPLE_KIND, APPLE_MEMBER = "X-ADDRESSBOOKSERVER-KIND", "X-ADDRESSBOOKSERVER-MEMBER"
+
+
+class Property(NamedTuple):
+    """A content line: the name in upper case, without a group; the parameters and value raw."""
+
+    name: str
+    parameters: str
+    value: str
+
+    @property
+    def text(self) -> str:
+        """The value of a text property (RFC 6350 section 3.4)."""
+        return re.sub(
+            r"\\(.)", lambda m: "\n" if m[1] in "nN" else m[1], self.value, flags=re.DOTALL
+        )
+
+
+def vcard_lines(text: str) -> list[str]:
+    """The content lines as they stand, folds and line ends included (RFC 6350 section 3.2)."""
+    lines: list[str] = []
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        if lines and line[0] in " \t":
+            lines[-1] += line
+        else:
+            lines.append(line)
+    return lines
+
+
+def vcard_property(line: str) -> Property:
+    """What a content line says; one that cannot be read has an empty name."""
+    unfolded = re.sub(r"\r?\n[ \t]", "", line).rstrip("\r\n")
+    match = PROPERTY.fullmatch(unfolded)
+    return Property(match[1].upper(), match[2], match[3]) if match else Property("", "", unfolded)
+
+
+def vcard_escape(text: str) -> str:
+    """A text as a value (RFC 6350 section 3.4)."""
+    return re.sub(r"([\\,;])", r"\\\1", text).replace("\n", "\\n")
+
+
+def vcard_fold(line: str, eol: str) -> str:
+    """A content line, folded so that none is longer than 75 octets."""
+    folded, width = "", 0
+    for character in line:
+        octets = len(character.encode())
+        if width + octets > 75:
+            folded, width = f"{folded}{eol} ", 1
+        folded, width = folded + character, width + octets
+    return folded + eol
+
+
+def canonical_uid(value: str) -> str:
+    """A uid as `urn:uuid:...`, which cards may leave out and members have."""
+    return "urn:uuid:" + value.strip().removeprefix("urn:uuid:")
+
+
+def vcard_card(href: str, text: str, created: str) -> Card | None:
+    """A Card from a vCard, or None without a UID: nothing can refer to it."""
+    values: dict[str, list[Property]] = defaultdict(list)
+    for line in vcard_lines(text):
+        values[vcard_property(line).name].append(vcard_property(line))
+    if not values["UID"]:
+        return None
+    structured = (
+        part.replace(";", " ").strip()
+        for part in (each.text for each in values["N"] + values["ORG"])
+    )
+    names = [*(each.text.strip() for each in values["FN"]), *structured]
+    return Card(
+        uid=canonical_uid(values["UID"][0].value),
+        ref=href,
+        name=next(filter(None, names), ""),
+        emails=frozenset(each.text.strip().lower() for each in values["EMAIL"]),
+        notes={str(n): each.text for n, each in enumerate(values["NOTE"])},
+        created=created,
+        is_group=any(each.value.lower() == "group" for each in values["KIND"] + values[APPLE_KIND]),
+        members=frozenset(
+            canonical_uid(each.value) for each in values["MEMBER"] + values[APPLE_MEMBER]
+        ),
+    )
+
+
+def new_vcard(change: CardChange) -> str:
+    """The vCard 3.0 of a new contact; a company's as Apple and Fastmail have it."""
+    name = vcard_escape(change.name)
+    given, surname = map(vcard_escape, split_name(change.name))
+    kind = (
+        [f"N:{surname};{given};;;"]
+        if change.is_person
+        else ["N:;;;;", f"ORG:{name}", "X-ABSHOWAS:COMPANY"]
+    )
+    lines = [
+        "BEGIN:VCARD",
+        "VERSION:3.0",
+        f"PRODID:-//Mailroom//{VERSION}//EN",
+        f"UID:{uuid.UUID(change.uid)}",
+        f"FN:{name}",
+        *kind,
+        f"EMAIL;TYPE=INTERNET:{vcard_escape(change.address)}",
+        "NOTE:" + vcard_escape("\n".join(change.note)),
+        "END:VCARD",
+    ]
+    return "".join(vcard_fold(line, "\r\n") for line in lines)
+
+
+def edit_vcard(text: str, change: CardChange) -> str:
+    """The vCard with the change made: lines are added before its end, a note grows by a fold, and a
+    member that leaves goes with its line. Raises ValueError when the vCard has no end."""
+    eol = "\r\n" if "\r\n" in text else "\n"
+    lines = [(line, vcard_property(line)) for line in vcard_lines(text)]
+    names = {each.name for _, each in lines}
+    if "END" not in names:
+        raise ValueError("a vCard without an END")
+    member = APPLE_MEMBER if APPLE_KIND in names else "MEMBER"
+    there = {canonical_uid(each.value) for _, each in lines if each.name == member}
+    added = [f"{member}:{uid}" for uid in sorted(change.add - there)]
+    named = any(each.name == "FN" and each.value.strip() for _, each in lines)
+    added += [f"FN:{vcard_escape(change.name)}"] if change.name and not named else []
+    note, edited = vcard_escape("\n".join(change.note)), ""
+    for line, each in lines:
+        if each.name == "END":
+            added += [f"NOTE:{note}"] if note else []
+            edited += "".join(vcard_fold(new, eol) for new in added)
+        leaves = each.name == member and canonical_uid(each.value) in change.remove
+        if not leaves and not (change.name and each.name == "FN" and not named):
+            edited += line
+        if (
+            note
+            and each.name == "NOTE"
+            and each.value
+            and "ENCODING" not in each.parameters.upper()
+        ):
+            edited += vcard_fold(f" \\n{note}", eol)
+            note = ""
+    return edited
+
+
+# ------------------------------------------------------------------------------------------------
+# Contacts over CardDAV (RFC 6352)
+# ------------------------------------------------------------------------------------------------
+
+DAV, CARD = "{DAV:}", "{urn:ietf:params:xml:ns:carddav}"
+DAV_TYPE = "application/xml; charset=utf-8"
+LISTED = ("UID", "FN", "N", "ORG", "EMAIL", "NOTE", "KIND", "MEMBER", APPLE_KIND, APPLE_MEMBER)
+CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
+EDIT_ATTEMPTS = 4
+VERSION_4_QUERY = (
+    "<D:prop><D:getetag/></D:prop>",
+    '<C:filter><C:prop-filter name="VERSION">',
+    '<C:text-match collation="i;unicode-casemap" match-type="equals">4.0</C:text-match>',
+    "</C:prop-filter></C:filter>",
+)
+DISCOVERED = (
+    "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/>"
+    "<C:addressbook-home-set/><C:supported-address-data/></D:prop>"
+)
+DAVProperties = dict[str, dict[str, ElementTree.Element]]
+
+
+def dav_body(root: str, *elements: str) -> bytes:
+    """A request body in the namespaces of WebDAV (D) and CardDAV (C)."""
+    declared = 'xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav"'
+    return f"<{root} {declared}>{''.join(elements)}</{root}>".encode()
+
+
+def dav_properties(body: bytes) -> DAVProperties:
+    """{href: {property: element}} of a multistatus (RFC 4918 section 13): those with status 200."""
+    found: DAVProperties = {}
+    # The expat that Python brings refuses entities that grow without bound.
+    for response in ElementTree.fromstring(body).iter(f"{DAV}response"):  # noqa: S314
+        properties = found.setdefault(response.findtext(f"{DAV}href", "").strip(), {})
+        for propstat in response.iter(f"{DAV}propstat"):
+            if " 200 " in propstat.findtext(f"{DAV}status", "") + " ":
+                properties |= {each.tag: each for each in propstat.findall(f"{DAV}prop/*")}
+    return found
+
+
+def href_in(element: ElementTree.Element | None) -> str:
+    return "" if element is None else element.findtext(f"{DAV}href", "").strip()
+
+
+class CardDAVContacts:
+    """Contacts in the address books of a CardDAV account."""
+
+    def __init__(self, url: str, auth: AuthBase, stopping: Callable[[], bool]) -> None:
+        self._http = HTTPClient(auth, stopping)
+        self._url = url
+        self._books: dict[str, bool] = {}
+        self._version_4: set[str] = set()
+
+    def prepare(self) -> None:
+        """Find the address books that can be written (RFC 6764 section 6): from the URL to the
+        principal, to its home, to what is in it."""
+        url, found = self._first_propfind()
+        here = next(iter(found.values()), {})
+        if not is_address_book(here):
+            if not (home := href_in(here.get(f"{CARD}addressbook-home-set"))):
+                principal = href_in(here.get(f"{DAV}current-user-principal"))
+                if not principal:
+                    raise ConfigurationError(f"{url} does not know MAILROOM_CARDDAV_USERNAME")
+                url, found = self._propfind(urljoin(url, principal), "0")
+                home = href_in(next(iter(found.values()), {}).get(f"{CARD}addressbook-home-set"))
+            url, found = self._propfind(urljoin(url, home), "1")
+        self._books = {
+            urljoin(url, href): has_version_4(each)
+            for href, each in sorted(
+                found.items(), key=lambda item: "/default" not in item[0].lower()
+            )
+            if is_address_book(each) and is_writable(each)
+        }
+        if not self._books:
+            raise ConfigurationError(f"{url} has no address book that can be written")
+
+    def _first_propfind(self) -> tuple[str, DAVProperties]:
+        """The start of the search. A bare origin may or may not have a well-known URI."""
+        if urlsplit(self._url).path in ("", "/"):
+            try:
+                return self._propfind(urljoin(self._url, "/.well-known/carddav"), "0")
+            except ServerError as error:
+                if not error.answered:
+                    raise
+        return self._propfind(self._url, "0")
+
+    def _propfind(self, url: str, depth: str) -> tuple[str, DAVProperties]:
+        return self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED)
+
+    def _ask(self, method: str, url: str, depth: str, *body: str) -> tuple[str, DAVProperties]:
+        """A request that a multistatus answers; (the URL that answered, what it says)."""
+        headers = {"Content-Type": DAV_TYPE, "Depth": depth}
+        reply = self._http.request(method, url, headers, dav_body(*body), accept=(207,))
+        with understood(reply.url):
+            return reply.url, dav_properties(reply.body)
+
+    def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
+        """Nothing: the JMAP server does not know."""
+        return [], []
+
+    def cards(
+        self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
+    ) -> list[Card]:
+        """All cards, in one request for each address book. Servers differ in what their filters
+        miss (Cyrus 3.6: addresses in property groups), and a contact missed would be doubled."""
+        cards: list[Card] = []
+        self._version_4 = set()
+        data = [
+            "<C:address-data>",
+            *(f'<C:prop name="{name}"/>' for name in LISTED),
+            "</C:address-data>",
+        ]
+        for book, has_version_4 in self._books.items():
+            query = [
+                "C:addressbook-query",
+                "<D:prop><D:creationdate/>",
+                *data,
+                "</D:prop><C:filter/>",
+            ]
+            url, listed = self._ask("REPORT", book, "1", *query)
+            with understood(url):
+                cards += filter(
+                    None, (dav_card(urljoin(url, href), each) for href, each in listed.items())
+                )
+            if has_version_4:
+                url, listed = self._ask(
+                    "REPORT", book, "1", "C:addressbook-query", *VERSION_4_QUERY
+                )
+                self._version_4 |= {urljoin(url, href) for href in listed}
+        return cards
+
+    def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
+        """One card after the other. Who could not be made joins no group."""
+        refused: dict[str, str] = {}
+        for change in changes:
+            joining = replace(change, add=change.add - refused.keys())
+            try:
+                reason = (
+                    self._edit(joining.card, joining) if joining.card else self._create(joining)
+                )
+            except ValueError as error:
+                reason = f"it cannot be read: {error}"
+            if reason:
+                refused[change.uid] = reason
+        return refused
+
+    def _create(self, change: CardChange) -> str:
+        """Make a card at a place of its own, where no second one can be made; why it failed."""
+        url = urljoin(next(iter(self._books)), f"{uuid.UUID(change.uid)}.vcf")
+        status = self._put(url, new_vcard(change), {"If-None-Match": "*"})
+        return "" if status < 300 else f"HTTP {status}"
+
+    def _edit(self, card: Card, change: CardChange) -> str:
+        """Change a card as it is at this moment, again while others change it too; why it failed.
+
+        A server may show a card of version 4.0 as 3.0, but what it is sent it keeps: such a card is
+        asked for as it is.
+        """
+        version = "; version=4.0" if card.ref in self._version_4 else ""
+        headers = {"Accept": f"text/vcard{version}", "Accept-Encoding": "identity"}
+        for _ in range(EDIT_ATTEMPTS):
+            reply = self._http.request("GET", card.ref, headers, accept=CARD_ANSWERS)
+            etag = reply.headers.get("ETag")
+            if reply.status != 200 or not etag:
+                return f"HTTP {reply.status}, ETag {etag}"
+            text = reply.body.decode()
+            edited = edit_vcard(text, change)
+            if edited == text:
+                return ""
+            status = self._put(card.ref, edited, {"If-Match": etag})
+            if status != 412:
+                return "" if status < 300 else f"HTTP {status}"
+        return "someone else keeps changing it"
+
+    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> int:
+        headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
+        return self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS).status
+
+
+def is_address_book(properties: Mapping[str, ElementTree.Element]) -> bool:
+    resource_type = properties.get(f"{DAV}resourcetype")
+    return resource_type is not None and resource_type.find(f"{CARD}addressbook") is not None
+
+
+def is_writable(properties: Mapping[str, ElementTree.Element]) -> bool:
+    """Whether a collection takes new members, as far as it says (RFC 3744 section 5.4)."""
+    privileges = properties.get(f"{DAV}current-user-privilege-set")
+    granted = {each.tag for each in privileges.iter()} if privileges is not None else {f"{DAV}all"}
+    return not granted.isdisjoint({f"{DAV}{name}" for name in ("all", "write", "bind")})
+
+
+def has_version_4(properties: Mapping[str, ElementTree.Element]) -> bool:
+    """Whether an address book may hold vCards of version 4.0 (RFC 6352 section 6.2.2)."""
+    types = properties.get(f"{CARD}supported-address-data")
+    return types is not None and any(each.get("version") == "4.0" for each in types.iter())
+
+
+def dav_card(href: str, properties: Mapping[str, ElementTree.Element]) -> Card | None:
+    """A Card from what a REPORT says of it."""
+    created, data = properties.get(f"{DAV}creationdate"), properties.get(f"{CARD}address-data")
+    if data is None or not data.text:
+        return None
+    return vcard_card(href, data.text, (created.text if created is not None else "") or "")
+
+
+def contact_store(
+    settings: MailroomSettings, client: JMAPClient, stopping: Callable[[], bool]
+) -> ContactStore:
+    """CardDAV where the settings name a user for it, else JMAP."""
+    if not settings.carddav_username:
+        return JMAPContacts(client)
+    auth = credentials(settings.carddav_password, settings.carddav_username)
+    return CardDAVContacts(settings.carddav_url, auth, stopping)
+
+
+# ------------------------------------------------------------------------------------------------
+# Push: the event stream (RFC 8620 section 7.3)
+# ------------------------------------------------------------------------------------------------
+
+PING_SECONDS = 30.0
+QUIET_LIMIT = 3 * PING_SECONDS
+MAX_PING_SECONDS = 600.0
+FIRST_DELAY = 1.0
+MAX_DELAY = 60.0
+PROVEN_SECONDS = 60.0
+ANSWER_TIMEOUT = 30.0
+MAX_EVENT_CHARACTERS = 2**16
+
+
+class StreamEnd(MailroomError):  # noqa: N818  (streams end: that is no error in itself)
+    """Why a stream ended. `level`: how loudly to say so; `at_least`: the seconds to stay away."""
+
+    def __init__(self, reason: str, level: int = logging.WARNING, at_least: float = 0) -> None:
+        super().__init__(reason)
+        self.level = level
+        self.at_least = at_least
+
+
+class Quiet(MailroomError):  # noqa: N818
+    """Nothing came for so long that the link may be dead. Some servers send no pings, so it is
+    routine."""
+
+
+@dataclass
+class StreamStatus:
+    """What the health page says of the stream; times are ISO 8601. Only the stream writes it."""
+
+    status: str = "disconnected"
+    connected_since: str | None = None
+    last_event_at: str | None = None
+    reconnect_count: int = 0
+    last_error: str | None = None
+
+    def ended(self, reason: str, level: int) -> None:
+        self.status, self.connected_since = "disconnected", None
+        self.last_error = reason if level > logging.DEBUG else self.last_error
+
+
+class Event(Protocol):
+    """What sseclient makes of a block of the stream."""
+
+    id: str | None
+    event: str
+    data: str
+    retry: str | None
+
+
+def expand_event_source_url(url: str) -> str:
+    """The URL to listen at: the template (RFC 8620 section 7.3) filled in, or where there is none
+    the parameters appended."""
+    values = {"types": "Email,Mailbox", "closeafter": "no", "ping": f"{PING_SECONDS:.0f}"}
+    if "{" in url:
+        return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), url)
+    parameters = "&".join(f"{key}={value}" for key, value in values.items())
+    return f"{url}{'&' if '?' in url else '?'}{parameters}"
+
+
+def backoff(attempt: int, first: float = FIRST_DELAY) -> float:
+    """The seconds to wait after failed attempt 0, 1, 2 ...: doubling from the first to MAX_DELAY."""
+    return min(first * 2.0 ** min(attempt, 16), MAX_DELAY)
+
+
+def first_delay(retry: str) -> float:
+    """The first delay in seconds, from a `retry:` field in milliseconds; never a hot loop."""
+    return min(max(int(retry[:12]) / 1000, FIRST_DELAY), MAX_DELAY)
+
+
+def quiet_limit(ping: str) -> float:
+    """The seconds after which a silent stream is dead, from the data of a ping event. Some servers
+    announce the interval in milliseconds."""
+    try:
+        interval = float(json.loads(ping)["interval"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return QUIET_LIMIT
+    seconds = interval if interval <= MAX_PING_SECONDS else interval / 1000
+    return max(QUIET_LIMIT, 3 * min(seconds, MAX_PING_SECONDS))
+
+
+def event_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The stream's events one by one, as sseclient can digest them: whole, of bounded size, in
+    good UTF-8, without comments, and each with data so that none is dropped.
+
+    Raises StreamEnd for an event that is too long. One that is cut off is not dispatched (HTML
+    Living Standard, section 9.2.6).
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    lines: list[str] = []
+    rest, after_cr = "", False
+    for chunk in chunks:
+        text = decoder.decode(chunk)
+        if not text:
+            continue
+        unread = text.removeprefix("\n") if after_cr else text
+        after_cr = text.endswith("\r")
+        *whole, rest = (rest + re.sub("\r\n?", "\n", unread)).split("\n")
+        for line in whole:
+            if line and not line.startswith(":"):
+                lines.append(line)
+            elif lines and not line:
+                yield "\n".join([*lines, "data:", "", ""]).encode()
+                lines = []
+        if len(rest) + sum(map(len, lines)) > MAX_EVENT_CHARACTERS:
+            raise StreamEnd(f"an event has more than {MAX_EVENT_CHARACTERS} characters")
+
+
+def check_stream(response: requests.Response) -> None:
+    """Raises StreamEnd unless the response is an event stream."""
+    status, media_type = response.status_code, response.headers.get("Content-Type", "")
+    if status == 204:
+        raise StreamEnd("the server has no push (HTTP 204)", logging.INFO, MAX_DELAY)
+    if status in (401, 403):
+        raise StreamEnd(f"the credentials are refused (HTTP {status})", logging.ERROR, MAX_DELAY)
+    if status != 200:
+        raise StreamEnd(f"HTTP {status}", at_least=retry_after(response.headers))
+    if media_type.partition(";")[0].strip().lower() != "text/event-stream":
+        raise StreamEnd(f"the reply is {media_type[:80]!r}, not an event stream")
+
+
+class EventStream:
+    """One connection after another to an event source, and what outlasts each of them."""
+
+    def __init__(self, http: HTTPClient, url: str, status: StreamStatus) -> None:
+        self.status = status
+        self._http = http
+        self._url = expand_event_source_url(url)
+        self._last_event_id = ""
+        self._first_delay = FIRST_DELAY
+        self._quiet_limit = QUIET_LIMIT
+        self._attempt = 0
+        self._opened = 0.0
+        self._heard = False
+        self._proven = False
+
+    def run(self, on_open: Callable[[], object], on_state: Callable[[str], object]) -> None:
+        """One connection, to its end: raises Quiet or StreamEnd. `on_state` gets the data of each
+        `state` event."""
+        self.status.status = "connecting"
+        with self._connect() as response:
+            self._note_open()
+            on_open()
+            try:
+                for event in SSEClient(event_blocks(self._chunks(response))).events():
+                    self._take(event)
+                    if event.event == "state":
+                        on_state(event.data.strip())
+            finally:
+                self._note_end()
+        raise StreamEnd("the server closed it", logging.DEBUG if self._proven else logging.WARNING)
+
+    def next_delay(self, at_least: float) -> float:
+        """The seconds to wait after a stream has ended."""
+        self._attempt += 1
+        return max(at_least, backoff(self._attempt - 1, self._first_delay))
+
+    def _connect(self) -> requests.Response:
+        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        if self._last_event_id:
+            headers["Last-Event-ID"] = self._last_event_id
+        with gevent.Timeout(ANSWER_TIMEOUT, StreamEnd(f"no answer in {ANSWER_TIMEOUT:g} seconds")):
+            response = self._http.open("GET", self._url, headers, read_timeout=None)
+        try:
+            check_stream(response)
+        except StreamEnd:
+            response.close()
+            raise
+        return response
+
+    def _chunks(self, response: requests.Response) -> Iterator[bytes]:
+        """The bytes as they arrive: `read1` does not wait for a buffer to fill."""
+        while True:
+            with gevent.Timeout(self._quiet_limit, Quiet(f"{self._quiet_limit:g} seconds")):
+                try:
+                    chunk = response.raw.read1(2**16)
+                except (urllib3.exceptions.HTTPError, OSError) as error:
+                    raise StreamEnd(f"it broke off: {network_reason(error)}") from None
+            if not chunk:
+                return
+            yield chunk
+
+    def _take(self, event: Event) -> None:
+        if event.event in ("state", "ping"):
+            self._heard = True
+            self.status.last_event_at = now_iso()
+        if event.event == "ping":
+            self._quiet_limit = quiet_limit(event.data)
+        if event.id and event.id.isascii() and event.id.isprintable() and len(event.id) < 1000:
+            self._last_event_id = event.id
+        if event.retry and re.fullmatch("[0-9]+", event.retry):
+            self._first_delay = first_delay(event.retry)
+
+    def _note_open(self) -> None:
+        self.status.reconnect_count += bool(self._opened)
+        self.status.status, self.status.connected_since = "connected", now_iso()
+        self._opened, self._heard = time.monotonic(), False
+
+    def _note_end(self) -> None:
+        """A stream that proved healthy earns the first delay again. One that never spoke may be
+        waiting for an event id that is not to come (a server restored from a backup)."""
+        self._proven = self._heard or time.monotonic() - self._opened >= PROVEN_SECONDS
+        if self._proven:
+            self._attempt = 0
+        if not self._heard:
+            self._last_event_id = ""
+
+
+def outcome(run: Callable[[], object]) -> BaseException | None:
+    """What the work of a greenlet died of. It is caught here because gevent would print it to no
+    one's use, and a greenlet that dies is silent otherwise."""
+    try:
+        run()
+    except BaseException as error:
+        return error
+    return None
+
+
+def sse_listener(
+    token: str,
+    event_source_url: str,
+    event_queue: Any,
+    shutdown_event: Any,
+    log: Any = None,
+    *,
+    username: str = "",
+    status: StreamStatus | None = None,
+    on_open: Callable[[], object] = bool,
+    on_state: Callable[[str], object] = bool,
+) -> None:
+    """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
+    `event_queue` for each `state` event. `on_open` is called for each connection made, `on_state`
+    with each state event's data before it goes on the queue.
+    """
+    stream = EventStream(
+        HTTPClient(credentials(token, username)), event_source_url, status or StreamStatus()
+    )
+
+    def signal_state(data: str) -> None:
+        on_state(data)
+        event_queue.put("state_changed")
+
+    # A blocked read is ended by killing its greenlet: closing the response would deadlock.
+    stop = gevent.spawn(shutdown_event.wait)
+    reader = gevent.spawn(
+        outcome, lambda: follow(stream, shutdown_event, log or LOG, on_open, signal_state)
+    )
+    either: list[gevent.Greenlet[..., Any]] = [stop, reader]
+    try:
+        gevent.wait(either, count=1)
+    finally:
+        gevent.killall(either)
+    if isinstance(reader.value, BaseException) and not isinstance(
+        reader.value, gevent.GreenletExit
+    ):
+        raise reader.value
+
+
+def follow(
+    stream: EventStream,
+    shutdown_event: Any,
+    log: Any,
+    on_open: Callable[[], object],
+    on_state: Callable[[str], object],
+) -> None:
+    """Connect again and again. What happens to the stream is logged when it is news."""
+    told = ""
+
+    def tell(level: int, text: str) -> None:
+        nonlocal told
+        log.log(level if text != told else logging.DEBUG, text)
+        told = text if level > logging.DEBUG else told
+
+    def opened() -> None:
+        tell(logging.INFO, "event stream: connected")
+        on_open()
+
+    while not shutdown_event.is_set():
+        try:
+            stream.run(opened, on_state)
+        except Quiet as quiet:
+            tell(logging.DEBUG, f"event stream: nothing came for {quiet}, connecting again")
+        except MailroomError as error:
+            end = error if isinstance(error, StreamEnd) else StreamEnd(str(error))
+            tell(end.level, f"event stream: {end}")
+            stream.status.ended(str(end), end.level)
+            shutdown_event.wait(stream.next_delay(end.at_least))
+
+
+class StateChain:
+    """Which states of the account are no news: those that a cycle has read, and those that its own
+    writes led to from there (RFC 8620 sections 1.6.2 and 5.3).
+
+    Only an unbroken chain counts: where a write does not start from the state known before it,
+    someone else has changed something too, and every event is news until the next read.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[Any]] = {}
+        self._events: list[str | None] = []
+
+    def begin(self) -> None:
+        """A cycle is about to read: what was reported before is covered by it."""
+        self._events.clear()
+        self._known.clear()
+
+    def read(self, type_: str, state: Any) -> None:
+        self._known[type_] = [state]
+
+    def wrote(self, type_: str, old: Any, new: Any) -> None:
+        chain = self._known.get(type_)
+        if chain and chain[-1] == old:
+            chain.append(new)
+        else:
+            self._known.pop(type_, None)
+
+    def connected(self) -> None:
+        """Anything may have happened while no one listened, unless the server now says what the
+        state is."""
+        self._events.append(None)
+
+    def reported(self, data: str) -> None:
+        self._events = [*filter(None, self._events), data]
+
+    def has_news(self, account_id: str) -> bool:
+        """Whether anything was reported since the last cycle began that it does not account for."""
+        events, self._events = self._events, []
+        return any(event is None or self._is_news(event, account_id) for event in events)
+
+    def _is_news(self, data: str, account_id: str) -> bool:
+        try:
+            states = json.loads(data)["changed"][account_id]
+            told = [(type_, states[type_]) for type_ in ("Email", "Mailbox") if type_ in states]
+            return not told or any(state not in self._known.get(type_, ()) for type_, state in told)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return True
+
+
+# ------------------------------------------------------------------------------------------------
+# The triage cycle
+# ------------------------------------------------------------------------------------------------
+
+MAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+SENDERS_AT_ONCE = 50
+NEWEST_IN_SCREENER = 100
+EMAIL_STATE: Call = ("Email/get", {"ids": []})
+MAILBOX_STATE: Call = ("Mailbox/get", {"ids": []})
+MAILBOXES: Call = ("Mailbox/get", {"ids": None, "properties": ["id", "name", "parentId", "role"]})
+
+
+def parse_mail(raw: JSON) -> Mail:
+    """A Mail from an Email object (RFC 8621 section 4.1). What cannot be an address is none, and a
+    name has nothing in it that could end a line."""
+    author = (raw.get("from") or [{}])[0]
+    address = (author.get("email") or "").strip().lower()
+    return Mail(
+        id=raw["id"],
+        sender=address if "@" in address and address.isprintable() else "",
+        display_name=CONTROLS.sub(" ", author.get("name") or ""),
+        mailboxes=frozenset(box for box, there in raw["mailboxIds"].items() if there),
+        received=raw.get("receivedAt") or "",
+    )
+
+
+def mailboxes_by_name(mailboxes: Iterable[JSON]) -> dict[str, str]:
+    """{name: id}. The Inbox goes by its role, and a mailbox at the top comes before a nested one of
+    the same name."""
+    ids: dict[str, str] = {}
+    for box in sorted(mailboxes, key=lambda box: (bool(box.get("parentId")), box["id"])):
+        ids.setdefault("Inbox" if box.get("role") == "inbox" else box["name"], box["id"])
+    return ids
+
+
+def missing_names(kind: str, needed: Iterable[str], there: Collection[str]) -> list[str]:
+    """A line for each name that the account lacks."""
+    return [
+        f"the account has no {kind} {name!r}: make one, or change the settings"
+        for name in sorted(set(needed))
+        if name not in there
+    ]
+
+
+def missing_mailboxes(ids: Mapping[str, str], settings: MailroomSettings) -> list[str]:
+    """A line for each mailbox that the settings name and the account lacks."""
+    names = ["Inbox", settings.screener_mailbox, settings.label_mailroom_error]
+    names += [settings.label_mailroom_warning] if settings.warnings_enabled else []
+    for category in settings.triage_categories:
+        names += [category.label, category.destination_mailbox]
+    return missing_names("mailbox", names, ids)
+
+
+def missing_groups(cards: Iterable[Card], settings: MailroomSettings) -> list[str]:
+    """A line for each contact group that the settings name and the account lacks."""
+    names = [settings.provenance_group, *(c.contact_group for c in settings.triage_categories)]
+    return missing_names("contact group", names, {card.name for card in cards if card.is_group})
+
+
+def find_boxes(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
+    """The mailboxes that the settings name. Raises ConfigurationError where some are missing."""
+    if missing := missing_mailboxes(ids, settings):
+        raise ConfigurationError(*missing)
+    categories = settings.triage_categories
+    return Boxes(
+        inbox=ids["Inbox"],
+        screener=ids[settings.screener_mailbox],
+        error=ids[settings.label_mailroom_error],
+        warning=ids[settings.label_mailroom_warning] if settings.warnings_enabled else "",
+        labels={ids[each.label]: each for each in categories},
+        destinations={each.name: ids[each.destination_mailbox] for each in categories},
+    )
+
+
+def by_from(address: str) -> JSON:
+    """The search for a sender that an index answers; it finds other mails too, and may lag."""
+    return {"from": address}
+
+
+def by_header(address: str) -> JSON:
+    """The search for a sender that needs no index."""
+    return {"header": ["From", address]}
+
+
+class Triage:
+    """The triage cycle: reads, plans, carries out. It keeps nothing of one cycle for the next but
+    which mailboxes there were, so that an idle cycle is a single request."""
+
+    def __init__(
+        self,
+        settings: MailroomSettings,
+        client: JMAPClient,
+        contacts: ContactStore,
+        chain: StateChain,
+        counts: Counter[str],
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._contacts = contacts
+        self._chain = chain
+        self._counts = counts
+        self._own: frozenset[str] = frozenset()
+        self._boxes: Boxes
+
+    def connect(self) -> None:
+        """Look at the account. Raises ConfigurationError with all that it lacks, and ServerError."""
+        self._client.connect()
+        if self._client.is_read_only(MAIL):
+            raise ConfigurationError("the token may only read mail: make one that may write it")
+        self._contacts.prepare()
+        calls, questions = self._contacts.questions([])
+        answers, found = self._client.fetch(questions, [MAILBOXES, *calls])
+        cards = self._contacts.cards([], answers[1:], found)
+        with understood("Mailbox/get"):
+            ids = mailboxes_by_name(answers[0]["list"])
+        if missing := missing_mailboxes(ids, self._settings) + missing_groups(
+            cards, self._settings
+        ):
+            raise ConfigurationError(*missing)
+        self._boxes = find_boxes(ids, self._settings)
+        self._own = self._client.own_addresses() | {
+            name.lower() for name in (self._settings.jmap_username, self._settings.carddav_username)
+        }
+
+    def run(self) -> dict[str, str]:
+        """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
+        if self._client.stale:
+            self.connect()
+        self._chain.begin()
+        mails = self._read()
+        decided, unusable = sort_queue(mails, self._boxes, self._own)
+        failed: dict[str, str] = {}
+        senders = sorted(decided)
+        for start in range(0, len(senders), SENDERS_AT_ONCE):
+            batch = {sender: decided[sender] for sender in senders[start : start + SENDERS_AT_ONCE]}
+            failed |= self._triage(batch, mails)
+        refused = self._update_mails(error_patches(mails, decided, unusable, self._boxes))
+        failed |= {mail.sender: refused[mail.id] for mail in mails if mail.id in refused}
+        return failed
+
+    def _read(self) -> list[Mail]:
+        """The mails under a triage label or the error label. The states come first: what happens
+        while the rest is read is news then. The mailboxes come along, and when a label turns out
+        to be another than before the mails are read again."""
+        while True:
+            asked = self._boxes.queue
+            query = Query("Email", in_any(asked), MAIL_PROPERTIES, parse_mail)
+            answers, [found] = self._client.fetch([query], [EMAIL_STATE, MAILBOXES])
+            with understood("Mailbox/get"):
+                ids = mailboxes_by_name(answers[1]["list"])
+            self._boxes = find_boxes(ids, self._settings)
+            if self._boxes.queue == asked:
+                break
+        self._chain.read("Email", answers[0].get("state"))
+        self._chain.read("Mailbox", answers[1].get("state"))
+        return expect(found)
+
+    def _triage(self, senders: Mapping[str, Category], queue: Collection[Mail]) -> dict[str, str]:
+        """Triage a batch of senders; {sender: why it failed}. When the server turns a request down
+        the batch is halved, so that the sender at fault holds up no one else."""
+        try:
+            plans = self.plan(senders, queue)
+            first = {plan.contact.uid: plan for plan in plans[::-1]}
+            failed = self.carry_out(first.values())
+        except ServerError as error:
+            names = list(senders)
+            if not error.answered:
+                raise
+            if len(names) == 1:
+                return {names[0]: str(error)}
+            halves = names[: len(names) // 2], names[len(names) // 2 :]
+            return {
+                sender: reason
+                for half in halves
+                for sender, reason in self._triage(
+                    {name: senders[name] for name in half}, queue
+                ).items()
+            }
+        # A contact with several addresses may be asked for twice: the second time sees the first.
+        later = {
+            plan.sender: plan.category for plan in plans if plan is not first[plan.contact.uid]
+        }
+        return failed | (self._triage(later, queue) if later else {})
+
+    def plan(self, senders: Mapping[str, Category], queue: Collection[Mail]) -> list[SenderPlan]:
+        """The plans for some senders: one request, or a few where searches cannot be trusted."""
+        calls, questions = self._contacts.questions(senders)
+        searches = [self._search(senders, by_from), self._newest_in_screener(senders)]
+        answers, found = self._client.fetch([*questions, *searches], calls)
+        cards = self._contacts.cards(senders, answers, found[: len(questions)])
+        if missing := missing_groups(cards, self._settings):
+            raise ConfigurationError(*missing)
+        known = [mail for mail in queue if mail.sender in senders]
+        mails = self._complete(known, found[len(questions)], expect(found[-1]))
+        rules = Rules(
+            self._settings.triage_categories, self._settings.provenance_group, date.today()
+        )
+        return [
+            plan_sender(sender, category, mails[sender].values(), cards, rules, self._boxes)
+            for sender, category in senders.items()
+            if any(
+                self._boxes.label_of(category) in mail.mailboxes for mail in mails[sender].values()
+            )
+        ]
+
+    def _search(self, senders: Collection[str], condition: Callable[[str], JSON] | None) -> Query:
+        """The query for the senders' mails where they may be re-filed; without a condition all
+        mails there are listed. Any search finds others' mails too: addresses are compared here."""
+        there = in_any(self._boxes.managed | self._boxes.labels.keys())
+        conditions = [there, any_of(map(condition, sorted(senders)))] if condition else [there]
+        return Query(
+            "Email",
+            {"operator": "AND", "conditions": conditions},
+            MAIL_PROPERTIES,
+            lambda raw: mail if (mail := parse_mail(raw)).sender in senders else None,
+        )
+
+    def _newest_in_screener(self, senders: Collection[str]) -> Query:
+        """The query for what has just arrived and may not be in the index yet."""
+        query = self._search(senders, None)
+        return query._replace(filter=in_any([self._boxes.screener]), newest=NEWEST_IN_SCREENER)
+
+    def _complete(
+        self, known: Collection[Mail], searched: Found, newest: list[Mail]
+    ) -> dict[str, dict[str, Mail]]:
+        """All mails of the senders of the known ones: {sender: {id: mail}}. A search is trusted for
+        a sender when it finds the labelled mails that are known; if not, the next one is tried, and
+        at last the mailboxes are listed."""
+        mails: dict[str, dict[str, Mail]] = defaultdict(dict)
+        for mail in [*known, *newest]:
+            mails[mail.sender][mail.id] = mail
+        expected = [mail for mail in known if mail.mailboxes & self._boxes.labels.keys()]
+        for condition in (by_header, None):
+            hits = [] if isinstance(searched, MethodError) else searched
+            for mail in hits:
+                mails[mail.sender][mail.id] = mail
+            seen = {mail.id for mail in hits}
+            doubtful = {mail.sender for mail in expected if mail.id not in seen}
+            if not doubtful:
+                return mails
+            expected = [mail for mail in expected if mail.sender in doubtful]
+            _, [searched] = self._client.fetch([self._search(doubtful, condition)])
+        for mail in expect(searched):
+            mails[mail.sender][mail.id] = mail
+        return mails
+
+    def carry_out(self, plans: Collection[SenderPlan]) -> dict[str, str]:
+        """Carry out the plans in the order that loses nothing; {sender: why it failed}. A sender
+        for whom a step fails is left out of the next ones, so that the label stays on."""
+        failed = self._write_contacts(plans)
+        for step in ("refile", "finish"):
+            going = [plan for plan in plans if plan.sender not in failed]
+            patches = {id_: patch for plan in going for id_, patch in getattr(plan, step).items()}
+            refused = self._update_mails(patches)
+            for plan in going:
+                for id_ in refused.keys() & getattr(plan, step).keys():
+                    failed[plan.sender] = f"mail {id_}: {refused[id_]}"
+        for plan in plans:
+            if plan.sender not in failed:
+                self._note_triaged(plan)
+        return failed
+
+    def _note_triaged(self, plan: SenderPlan) -> None:
+        filed = sum(map(bool, plan.refile.values()))
+        self._counts["senders_triaged"] += 1
+        self._counts["mails_filed"] += filed
+        LOG.info(
+            "sender triaged",
+            extra=fields(
+                sender=plan.sender,
+                category=plan.category.name,
+                mails_filed=filed,
+                contact="known" if plan.contact.card else "created",
+                joined=[group.name for group in plan.join],
+                left=[group.name for group in plan.leave],
+            ),
+        )
+        if plan.name_differs:
+            LOG.warning(
+                "the contact has another name than the mail",
+                extra=fields(sender=plan.sender, contact=plan.contact.uid),
+            )
+
+    def _write_contacts(self, plans: Collection[SenderPlan]) -> dict[str, str]:
+        """Write the contacts and join the groups, and only then leave others: a failure on the way
+        leaves a sender in too many groups, never in none. {sender: why it failed}"""
+        joins = [(group, plan.contact.uid) for plan in plans for group in plan.join]
+        refused = self._contacts.apply(
+            [
+                *(plan.contact for plan in plans),
+                *(CardChange(group.uid, group, add=uids) for group, uids in by_group(joins)),
+            ]
+        )
+        leaves = [(group, plan.contact.uid) for plan in plans for group in plan.to_leave(refused)]
+        refused |= self._contacts.apply(
+            [CardChange(group.uid, group, remove=uids) for group, uids in by_group(leaves)]
+        )
+        return {
+            plan.sender: f"contact card {card}: {refused[card]}"
+            for plan in plans
+            for card in [plan.contact.uid, *(group.uid for group in plan.join + plan.leave)]
+            if card in refused
+        }
+
+    def _update_mails(self, patches: Mapping[str, MailPatch]) -> dict[str, str]:
+        """Email/set in as many requests as the limits force; {mail id: why it was refused}. A mail
+        that is no longer there has nothing left to be done."""
+        refused: dict[str, str] = {}
+        changes = {id_: patch for id_, patch in patches.items() if patch}
+        for portion in chunks(changes, self._client.limits):
+            calls: list[Call] = [MAILBOX_STATE, ("Email/set", {"update": portion}), MAILBOX_STATE]
+            before, done, after = map(expect, self._client.send([calls])[0])
+            self._chain.wrote("Mailbox", before.get("state"), after.get("state"))
+            self._chain.wrote("Email", done.get("oldState"), done.get("newState"))
+            for id_, error in (done.get("notUpdated") or {}).items():
+                if error.get("type") != "notFound":
+                    refused[id_] = error_text(error)
+        return refused
+
+
+# ------------------------------------------------------------------------------------------------
+# Health, metrics and logs
+# ------------------------------------------------------------------------------------------------
+
+
+def now_iso() -> str:
+    """The time as RFC 3339 has it, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def fields(**values: Any) -> JSON:
+    """What goes with a log message, as the `extra` of a logging call."""
+    return {"fields": values}
+
+
+class LogFormatter(logging.Formatter):
+    """A record as one line: JSON for programs, or text for people; no secret gets through."""
+
+    def __init__(self, settings: MailroomSettings) -> None:
+        super().__init__()
+        self._as_json = settings.log_format == "json"
+        self._redact = settings.redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        values = {"event": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        level, now = record.levelname.lower(), now_iso()
+        if self._as_json:
+            return self._redact(json.dumps({"time": now, "level": level, **values}))
+        event, trace = values.pop("event"), values.pop("traceback", "")
+        told = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        line = f"{datetime.now():%H:%M:%S} {level:7} {event!s}  {told}".rstrip()
+        return self._redact("\n".join(filter(None, [line, trace])))
+
+
+def start_logging(settings: MailroomSettings) -> None:
+    """Send the log to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(settings))
+    LOG.handlers[:] = [handler]
+    LOG.propagate = False
+    LOG.setLevel(settings.log_level.upper())
+
+
+COUNTERS = ("senders_triaged", "sender_failures", "mails_filed")
+
+
+class Health:
+    """What the service can say of itself; the service alone writes it."""
+
+    def __init__(self, poll_interval: float) -> None:
+        self.stream = StreamStatus()
+        self.counts: Counter[str] = Counter()
+        self.cycles: Counter[tuple[str, str]] = Counter()
+        self.consecutive_failures = 0
+        self.last_trigger: str | None = None
+        self.last_success: float | None = None
+        self._started = time.monotonic()
+        self._max_age = 2 * poll_interval + CYCLE_DEADLINE
+
+    def note_cycle(self, trigger: str, result: str) -> None:
+        """A cycle has ended: a `success`; with `sender_failures`, where the account was read but
+        not every sender triaged; or in a `failure`."""
+        self.cycles[trigger, result] += 1
+        self.consecutive_failures = 0 if result == "success" else self.consecutive_failures + 1
+        if result != "failure":
+            self.last_success, self.last_trigger = time.monotonic(), trigger
+
+    def page(self) -> tuple[str, str, str]:
+        """(status line, media type, body) for /healthz."""
+        now = time.monotonic()
+        fresh = now - (self.last_success or self._started) < self._max_age
+        age = None if self.last_success is None else round(now - self.last_success, 3)
+        body = {
+            "status": "ok" if fresh else "failing",
+            "last_poll_age_seconds": age,
+            "last_poll_trigger": self.last_trigger,
+            "consecutive_failures": self.consecutive_failures,
+            "eventsource": asdict(self.stream),
+        }
+        return (
+            ("200 OK" if fresh else "503 Service Unavailable"),
+            "application/json",
+            json.dumps(body),
+        )
+
+    def metrics(self) -> tuple[str, str, str]:
+        """(status line, media type, body) for /metrics, in the Prometheus text format 0.0.4."""
+        samples: list[tuple[str, str, str, float]] = [
+            ("cycles_total", "counter", f'{{trigger="{trigger}",result="{result}"}}', count)
+            for (trigger, result), count in sorted(self.cycles.items())
+        ]
+        samples += [(f"{name}_total", "counter", "", self.counts[name]) for name in COUNTERS]
+        samples += [
+            ("consecutive_failures", "gauge", "", self.consecutive_failures),
+            ("eventsource_connected", "gauge", "", self.stream.status == "connected"),
+            ("eventsource_reconnects_total", "counter", "", self.stream.reconnect_count),
+        ]
+        if self.last_success is not None:
+            samples.append(
+                ("last_poll_age_seconds", "gauge", "", time.monotonic() - self.last_success)
+            )
+        lines = dict.fromkeys(
+            line
+            for name, kind, labels, value in samples
+            for line in (
+                f"# TYPE mailroom_{name} {kind}",
+                f"mailroom_{name}{labels} {float(value):g}",
+            )
+        )
+        return "200 OK", "text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""])
+
+    def __call__(self, environ: JSON, start_response: Callable[..., Any]) -> list[bytes]:
+        """The WSGI application (PEP 3333)."""
+        pages = {"/healthz": self.page, "/metrics": self.metrics}
+        page = pages.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "GET" else None
+        status, media_type, body = (
+            page() if page else ("404 Not Found", "text/plain", "not found\n")
+        )
+        start_response(status, [("Content-Type", media_type)])
+        return [body.encode()]
+
+
+# ------------------------------------------------------------------------------------------------
+# The service
+# ------------------------------------------------------------------------------------------------
+
+SHUTDOWN_SECONDS = 4.0
+CYCLE_DEADLINE = 300.0
+CONNECT_GRACE = 1.0
+
+
+def drain_queue(queue_: Any) -> int:
+    """Empty a queue without waiting; how many items were dropped."""
+    dropped = 0
+    while True:
+        try:
+            queue_.get_nowait()
+        except queue.Empty:
+            return dropped
+        dropped += 1
+
+
+class Service:
+    """The long-lived greenlets: one that runs the cycles, one that listens, one for health. When
+    one of them ends, so does the program."""
+
+    def __init__(self, settings: MailroomSettings) -> None:
+        self.shutdown = gevent.event.Event()
+        self.health = Health(settings.poll_interval)
+        self._settings = settings
+        self._queue: gevent.queue.Queue[str] = gevent.queue.Queue()
+        self._chain = StateChain()
+        self._over: gevent.event.AsyncResult[BaseException | None] = gevent.event.AsyncResult()
+        self._greenlets: list[gevent.Greenlet[..., Any]] = []
+        self._client = JMAPClient(
+            settings.jmap_token,
+            settings.jmap_url,
+            username=settings.jmap_username,
+            stopping=self.shutdown.is_set,
+        )
+        contacts = contact_store(settings, self._client, self.shutdown.is_set)
+        self._triage = Triage(settings, self._client, contacts, self._chain, self.health.counts)
+        self._told: dict[str, str] = {}
+        self._listening = False
+
+    def run(self) -> int:
+        """Serve until a signal or a fault; the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, self.shutdown.set)
+        try:
+            self._serve_health()
+            cycles = self._spawn(self._cycles)
+            waited: list[Any] = [self.shutdown, self._over]
+            gevent.wait(waited, count=1)
+            if self.shutdown.is_set():
+                self._queue.put("shutdown")
+                cycles.join(SHUTDOWN_SECONDS)
+                LOG.info("stopped")
+                return 0
+            raise self._over.get() or RuntimeError("a greenlet has ended")
+        except ConfigurationError as error:
+            for problem in error.problems:
+                LOG.error(problem)
+            return 2
+        except Exception:
+            LOG.critical("a fault in the program", exc_info=True)
+            return 1
+        finally:
+            gevent.killall(self._greenlets)
+
+    def _spawn(self, run: Callable[[], object]) -> "gevent.Greenlet[..., Any]":
+        greenlet = gevent.spawn(outcome, run)
+        greenlet.link(lambda ended: self._over.set(ended.value))
+        self._greenlets.append(greenlet)
+        return greenlet
+
+    def _serve_health(self) -> None:
+        host, port = self._settings.health_host, self._settings.health_port
+        if not port:
+            return
+        server = gevent.pywsgi.WSGIServer((host, port), self.health, log=None, error_log=None)
+        try:
+            server.start()
+        except OSError as error:
+            raise ConfigurationError(
+                f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port}: {error.strerror}"
+            ) from None
+        self._spawn(server.serve_forever)
+
+    def _listen(self) -> None:
+        """Start to listen, once it is known where."""
+        url = self._client.event_source_url
+        if self._listening or not url:
+            return
+        self._listening = True
+        self._spawn(
+            lambda: sse_listener(
+                self._settings.jmap_token,
+                url,
+                self._queue,
+                self.shutdown,
+                LOG,
+                username=self._settings.jmap_username,
+                status=self.health.stream,
+                on_open=self._connected,
+                on_state=self._chain.reported,
+            )
+        )
+
+    def _connected(self) -> None:
+        """The server may say at once what the state is; if not, a cycle looks."""
+        self._chain.connected()
+        gevent.spawn_later(CONNECT_GRACE, self._queue.put, "connected")
+
+    def _cycles(self) -> None:
+        trigger = "startup"
+        while not self.shutdown.is_set():
+            delay = self._cycle(trigger)
+            trigger = self._wait(delay)
+
+    def _wait(self, delay: float) -> str:
+        """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
+        that arrives in it is one cycle; the window does not slide, so that no steady stream of
+        events can put the cycle off."""
+        due = time.monotonic() + delay
+        while not self.shutdown.is_set():
+            try:
+                self._queue.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                break
+            self.shutdown.wait(self._settings.debounce_seconds)
+            drain_queue(self._queue)
+            if self._chain.has_news(self._client.account_id):
+                return "push"
+        return "scheduled" if self.health.stream.status == "connected" else "fallback"
+
+    def _cycle(self, trigger: str) -> float:
+        """Run one cycle; the seconds until the next one is due at the latest. Raises
+        ConfigurationError as long as none has succeeded."""
+        late = ServerError(f"the cycle was not done after {CYCLE_DEADLINE:g} seconds")
+        try:
+            with gevent.Timeout(CYCLE_DEADLINE, late):
+                failed = self._triage.run()
+        except ShuttingDown:
+            return 0.0
+        except MailroomError as error:
+            if isinstance(error, ConfigurationError) and self.health.last_success is None:
+                raise
+            # What was read may not be done: every event is news until the next cycle has read.
+            self._chain.begin()
+            return self._after(
+                trigger, "failure", {"": str(error)}, getattr(error, "retry_after", 0.0)
+            )
+        self._listen()
+        return self._after(trigger, "sender_failures" if failed else "success", failed)
+
+    def _after(
+        self, trigger: str, result: str, failures: Mapping[str, str], retry_after: float = 0.0
+    ) -> float:
+        """Note how a cycle ended, say what is news about it, and when the next one is due.
+        `failures`: {sender, or nothing for the whole cycle: why}."""
+        before = self.health.consecutive_failures
+        self.health.note_cycle(trigger, result)
+        self.health.counts["sender_failures"] += len(failures.keys() - {""})
+        for sender, reason in failures.items():
+            if self._told.get(sender) != reason:
+                text = "sender not triaged, the label stays" if sender else "cycle failed"
+                LOG.error(text, extra=fields(**{"sender": sender} if sender else {}, cause=reason))
+        self._told = dict(failures)
+        if before and not failures:
+            LOG.info("recovered", extra=fields(failed_cycles=before))
+        LOG.debug("cycle done", extra=fields(trigger=trigger, result=result))
+        interval = self._settings.poll_interval
+        if not failures:
+            return interval
+        return min(interval, max(retry_after, backoff(before)))
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0 stopped as asked, 1 a fault in the program, 2 settings or
+    credentials."""
+    parser = argparse.ArgumentParser(
+        prog="mailroom.py",
+        description="One tap of a label triages a whole sender. Settings are environment variables "
+        "(MAILROOM_...), see the README.",
+        epilog="Exit status: 0 stopped as asked, 1 a fault in the program, 2 settings or credentials.",
+    )
+    parser.add_argument("--version", action="version", version=f"Mailroom {VERSION}")
+    parser.parse_args(arguments)
+    try:
+        settings = MailroomSettings()
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(f"mailroom: {problem}", file=sys.stderr)
+        return 2
+    start_logging(settings)
+    return Service(settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1793 @@
+"""An embedded JMAP server: a real HTTP server on loopback with one mail account behind it.
+
+It keeps the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts), in the manner of
+Fastmail, Cyrus or Stalwart (`Options.fastmail()` ...), and misbehaves exactly when it is told to.
+
+    with JMAPServer.with_mailroom_account(Options.cyrus()) as server:
+        mail = server.account.deliver("Bob <bob@shop.example>", ["Screener"])
+        server.account.label(mail, "@ToFeed")           # the user's phone
+        server.faults.append(Fault("Email/set", status=503))   # the first Email/set that comes
+        run_the_client(server.session_url, server.options.token)
+        assert server.account.mailboxes_of(mail) == {"Feed"}
+
+How it reads: errors, options and faults - the account and its direct helpers - the data types -
+one API request - HTTP - event streams - the server. The process must be monkey-patched by gevent;
+this module does not patch.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import itertools
+import json
+import re
+import socket
+import ssl
+import struct
+import time
+import traceback
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
+from email.utils import getaddresses
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Literal
+
+import gevent
+import gevent.monkey
+from gevent.pool import Pool
+from gevent.queue import Empty, Queue
+from gevent.server import StreamServer
+
+assert gevent.monkey.is_module_patched("socket"), "patch with gevent.monkey before importing this"
+
+JSON = dict[str, Any]
+Ids = AbstractSet[str]
+
+CORE = "urn:ietf:params:jmap:core"
+MAIL = "urn:ietf:params:jmap:mail"
+SUBMISSION = "urn:ietf:params:jmap:submission"
+CONTACTS = "urn:ietf:params:jmap:contacts"
+
+SESSION_PATH, API_PATH, EVENT_PATH = "/jmap/session", "/jmap/api/", "/jmap/event/"
+WELL_KNOWN_PATH = "/.well-known/jmap"
+LIMITS = {
+    "maxSizeUpload": 50_000_000,
+    "maxConcurrentUpload": 4,
+    "maxSizeRequest": 10_000_000,
+    "maxConcurrentRequests": 10,
+    "maxCallsInRequest": 50,
+    "maxObjectsInGet": 4096,
+    "maxObjectsInSet": 4096,
+}
+CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
+FOREVER = 10**9
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+class JMAPError(Exception):
+    """An error object as it goes out: a type, perhaps a description, perhaps more."""
+
+    def __init__(self, kind: str, description: str = "", **more: Any) -> None:
+        super().__init__(kind, description)
+        described = {"description": description} if description else {}
+        self.body: JSON = {"type": kind, **described, **more}
+
+
+class ProblemError(JMAPError):
+    """The whole request is refused (RFC 8620 section 3.6.1)."""
+
+    def __init__(self, kind: str, detail: str = "", **more: Any) -> None:
+        super().__init__(f"urn:ietf:params:jmap:error:{kind}", **more)
+        self.body |= {"status": 400, "detail": detail}
+
+
+class MethodError(JMAPError):
+    """One call of a request fails (RFC 8620 section 3.6.2)."""
+
+
+class SetError(JMAPError):
+    """One object of a set call fails (RFC 8620 section 5.3)."""
+
+
+# --------------------------------------------------------------------------- options and faults
+
+
+@dataclass
+class Options:
+    """How the server behaves; every field may be changed while it runs.
+
+    Its defaults are a server that does everything as the RFCs suggest.
+    """
+
+    token: str = "secret-token"
+    username: str = "alice@home.example"
+    relative_urls: bool = False
+    has_mail: bool = True
+    has_contacts: bool = True
+    has_submission: bool = True
+    read_only: bool = False
+    limits: dict[str, int] = field(default_factory=dict)  # what differs from LIMITS
+    max_query_limit: int | None = None  # a query's limit is lowered to this, and told so
+    max_mailboxes_per_email: int = 20
+    last_mailbox: Literal["refuse", "lose"] = "refuse"  # "lose": told updated, but gone (Cyrus)
+    from_search: Literal["index", "empty", "error"] = "index"  # "empty", "error": without an index
+    index_lag: float = 0  # seconds until a text search finds a mail that arrived
+    index_until: int | None = None  # mails that arrived after this Account.modseq are not found
+    id_is_uid: bool = False  # a contact's id is its uid (Cyrus); set it before the account is made
+    not_finds_nothing: bool = False  # a ContactCard/query with NOT finds nothing (Cyrus)
+    latency: float = 0  # seconds every request spends on the network
+    history: int = FOREVER  # how many requests and writes are kept
+
+    push: int | None = 200  # status of the event source; None: the session does not name one
+    event_template: bool = True  # as in RFC 8620; else bare (Fastmail)
+    push_types: frozenset[str] = frozenset({"Email", "Mailbox", "AddressBook", "ContactCard"})
+    connect_event: bool = False  # a stream begins with the present state (Fastmail)
+    event_ids: bool = False
+    coalesce: bool = True  # changes in quick succession are one event; else one a changed object
+    push_delay: float = 0
+    chunked: bool = True  # else only the end of the connection ends a stream (Cyrus)
+    stream_life: float | None = None  # seconds, then the stream is closed cleanly
+    pings: bool = True
+    ping_bounds: tuple[int, int] = (1, 900)
+    ping_unit: int = 1  # what the announced interval counts: 1000 for milliseconds (Stalwart)
+    ping_pace: float | None = None  # real seconds between pings, for tests that cannot wait
+
+    @classmethod
+    def fastmail(cls, **changes: Any) -> Options:
+        """Absolute URLs, a bare event URL, a connect event, no pings."""
+        return replace(cls(event_template=False, connect_event=True, pings=False), **changes)
+
+    @classmethod
+    def cyrus(cls, **changes: Any) -> Options:
+        """Cyrus 3.13 without a search index."""
+        cyrus = cls(relative_urls=True, id_is_uid=True, from_search="empty", event_ids=True)
+        cyrus.last_mailbox, cyrus.not_finds_nothing = "lose", True
+        cyrus.push_types = frozenset({"Email", "AddressBook", "ContactCard"})
+        cyrus.chunked, cyrus.stream_life = False, 300
+        return replace(cyrus, **changes)
+
+    @classmethod
+    def stalwart(cls, **changes: Any) -> Options:
+        """Templates, no event ids, pings of 30 seconds or more announced in milliseconds."""
+        return replace(cls(ping_bounds=(30, 3600), ping_unit=1000), **changes)
+
+
+Body = bytes | Iterable[bytes]
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the `nth` matching request since the fault was added, `times` in a row.
+
+    `when` is "session", "well-known", "api", "stream", a method name (any call of the request) or
+    a predicate. Without `status`, `body`, `hang` and `drop` the request is worked as usual; with
+    them it is not, unless `work` says so.
+    """
+
+    when: str | Callable[[Request], bool] = "api"
+    nth: int = 1
+    times: int = 1
+    work: bool = False
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    body: Body | None = None  # an endless iterable is sent until the client has enough
+    hang: bool = False  # never replies
+    drop: bool = False  # the connection ends with a reset
+    delay: float = 0  # seconds between the work and the reply
+    truncate: int | None = None  # the connection ends after so many bytes of the body
+    slow: float = 0  # seconds after every single byte of the body
+    errors: dict[str, JSON] = field(default_factory=dict)
+    """Method name or call id to the `error` it gets; the call is not worked."""
+    refuse: dict[str, JSON] = field(default_factory=dict)
+    """Object or creation id, or "*", to the SetError it gets in notUpdated, notCreated ..."""
+    before_call: Callable[[str, JSON], object] | None = None
+    """Runs before every method call, with its name and arguments: other users' changes."""
+    after: Callable[[], object] | None = None
+    """Runs after the work and before the reply."""
+    edit: Callable[[Any], Any] | None = None
+    """Gets the JSON of a session or API reply and returns what is sent instead."""
+    matched: int = field(default=0, init=False)
+    fired: int = field(default=0, init=False)
+
+    def due(self, request: Request) -> bool:
+        """Whether this request is the one; counts it if it matches."""
+        if not (self.when(request) if callable(self.when) else request.matches(self.when)):
+            return False
+        self.matched += 1
+        due = self.nth <= self.matched < self.nth + self.times
+        self.fired += due
+        return due
+
+    @property
+    def replaces_work(self) -> bool:
+        return self.hang or self.drop or self.status is not None or self.body is not None
+
+
+# ------------------------------------------------------------------------------------ the account
+
+
+@dataclass(slots=True)
+class Mailbox:
+    id: str
+    name: str
+    parent_id: str | None = None
+    role: str | None = None
+    sort_order: int = 0
+    unread: int = 0
+    mails: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Mail:
+    id: str
+    sender: str | None  # the raw From header, if there is one
+    subject: str
+    received_at: str
+    modseq: int  # the account's when the mail arrived
+    mailboxes: frozenset[str] = frozenset()
+    keywords: frozenset[str] = frozenset()
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class Book:
+    id: str
+    name: str
+    is_default: bool
+
+
+def decoded(text: str) -> str:
+    """Header text with its encoded words decoded (RFC 2047); left alone where they are broken."""
+    try:
+        return str(make_header(decode_header(text)))
+    except (HeaderParseError, LookupError, ValueError):
+        return text
+
+
+@lru_cache(maxsize=65536)
+def addresses(header: str | None) -> tuple[tuple[str, str], ...]:
+    """The (name, address) pairs of a raw header, as far as the standard library finds any."""
+    found = getaddresses([header or ""])
+    return tuple((decoded(name), address) for name, address in found if address)
+
+
+def address_objects(header: str | None) -> list[JSON] | None:
+    """A header as EmailAddress objects (RFC 8621 section 4.1.2.3); null without the header."""
+    if header is None:
+        return None
+    return [{"name": name or None, "email": address} for name, address in addresses(header)]
+
+
+def sender_text(header: str | None) -> str:
+    """What a text search for the sender sees: names and addresses, decoded."""
+    return " ".join(f"{name} {address}" for name, address in addresses(header))
+
+
+class TextIndex:
+    """Texts to the ids that have them; a search costs what there are of distinct texts."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, set[str]] = {}
+
+    def add(self, text: str, object_id: str) -> None:
+        self._ids.setdefault(text.lower(), set()).add(object_id)
+
+    def remove(self, text: str, object_id: str) -> None:
+        ids = self._ids[text.lower()]
+        ids.discard(object_id)
+        if not ids:
+            del self._ids[text.lower()]
+
+    def exact(self, text: str) -> set[str]:
+        return self._ids.get(text.lower(), set())
+
+    def containing(self, *words: str) -> set[str]:
+        first, *others = [word.lower() for word in words] or [""]
+        hits = ((text, ids) for text, ids in self._ids.items() if first in text)
+        return set().union(*(ids for text, ids in hits if all(word in text for word in others)))
+
+
+class History:
+    """The changes to the objects of one type, newest last, so /changes costs what changed."""
+
+    def __init__(self) -> None:
+        self.modseq = 0
+        self._log: dict[str, tuple[int, int, bool]] = {}
+
+    def note(self, object_id: str, modseq: int, alive: bool) -> None:
+        created = self._log.pop(object_id, (modseq,))[0]
+        self._log[object_id] = (created, modseq, alive)
+        self.modseq = modseq
+
+    def born(self, object_id: str) -> int:
+        return self._log[object_id][0]
+
+    def since(self, modseq: int) -> list[tuple[str, int, int, bool]]:
+        """(id, created, changed, alive) of what changed after `modseq`, oldest first."""
+        newest_first = ((key, *entry) for key, entry in reversed(self._log.items()))
+        return list(itertools.takewhile(lambda entry: entry[2] > modseq, newest_first))[::-1]
+
+
+class Account:
+    """One user's mailboxes, mails and contacts; its methods are the user's phone.
+
+    Whatever takes a mailbox takes its name or id. Every change bumps the states and is published
+    to the listeners (the event streams), whether it came from here or over HTTP.
+    """
+
+    def __init__(self, *, id_is_uid: bool = False) -> None:
+        self.id, self.address = "u1", "alice@home.example"
+        self.id_is_uid = id_is_uid
+        self.modseq = 0
+        self.histories = {name: History() for name in ("Email", "Mailbox", "ContactCard")}
+        self.histories |= {name: History() for name in ("AddressBook", "Identity")}
+        self.mailboxes: dict[str, Mailbox] = {}
+        self.mails: dict[str, Mail] = {}
+        self.books: dict[str, Book] = {}
+        self.cards: dict[str, JSON] = {}
+        self.groups: set[str] = set()
+        self.by_uid: dict[str, str] = {}
+        self.by_email, self.by_sender, self.by_raw_sender = TextIndex(), TextIndex(), TextIndex()
+        self.queries: dict[str, list[str]] = {}
+        """Ids of past queries, good until the next change, so that paging does not sort again."""
+        self.listeners: list[Callable[[dict[str, int]], None]] = []
+        self._news: dict[str, int] = {}
+        self._serial = itertools.count(1)
+        self.add_book("Personal")
+
+    @classmethod
+    def for_mailroom(
+        cls, categories: Iterable[str] = CATEGORIES, *, id_is_uid: bool = False
+    ) -> Account:
+        """Roles, Screener, error and warning labels; label, mailbox and group of each category."""
+        account = cls(id_is_uid=id_is_uid)
+        for role in ("Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash"):
+            account.add_mailbox(role, role=role.lower())
+        for name in ("Screener", "@MailroomError", "@MailroomWarning"):
+            account.add_mailbox(name)
+        for name in categories:
+            account.add_mailbox("@To" + name.replace(" ", ""))
+            account.add_mailbox(name)
+            account.add_group(name)
+        account.add_group("Mailroom")
+        return account
+
+    # Mailboxes
+
+    def mailbox_id(self, name: str) -> str:
+        """The mailbox of this id or name; of namesakes the oldest."""
+        if name in self.mailboxes:
+            return name
+        return next(box.id for box in self.mailboxes.values() if box.name == name)
+
+    def add_mailbox(self, name: str, parent: str | None = None, role: str | None = None) -> str:
+        box = Mailbox(f"P{next(self._serial)}", name, role=role)
+        box.parent_id = self.mailbox_id(parent) if parent else None
+        self.mailboxes[box.id] = box
+        self._publish(("Mailbox", box.id))
+        return box.id
+
+    def rename_mailbox(self, name: str, new_name: str) -> None:
+        box = self.mailboxes[self.mailbox_id(name)]
+        box.name = new_name
+        self._publish(("Mailbox", box.id))
+
+    def remove_mailbox(self, name: str) -> None:
+        """The mails that are in no other mailbox go with it."""
+        box = self.mailboxes[self.mailbox_id(name)]
+        for mail_id in sorted(box.mails):
+            self.file(mail_id, self.mails[mail_id].mailboxes - {box.id})
+        del self.mailboxes[box.id]
+        self._publish(("Mailbox", box.id), alive=False)
+
+    # Mails
+
+    def deliver(
+        self,
+        sender: str | None,
+        mailboxes: Iterable[str] = ("Inbox",),
+        *,
+        subject: str = "Hello",
+        received_at: str | None = None,
+        keywords: Iterable[str] = (),
+    ) -> str:
+        """A new mail. `sender` is the raw From header; mails arrive a minute apart by default."""
+        serial = next(self._serial)
+        minute = datetime(2025, 1, 1, tzinfo=UTC) + timedelta(minutes=serial)
+        received_at = received_at or minute.strftime("%Y-%m-%dT%H:%M:%SZ")
+        mail = Mail(f"M{serial}", sender, subject, received_at, self.modseq + 1)
+        self.mails[mail.id] = mail
+        self.by_sender.add(sender_text(sender), mail.id)
+        self.by_raw_sender.add(sender or "", mail.id)
+        self.file(mail.id, map(self.mailbox_id, mailboxes), keywords)
+        return mail.id
+
+    def label(self, mail_id: str, *mailboxes: str) -> None:
+        added = {self.mailbox_id(name) for name in mailboxes}
+        self.file(mail_id, self.mails[mail_id].mailboxes | added)
+
+    def unlabel(self, mail_id: str, *mailboxes: str) -> None:
+        taken = {self.mailbox_id(name) for name in mailboxes}
+        self.file(mail_id, self.mails[mail_id].mailboxes - taken)
+
+    def move(self, mail_id: str, *mailboxes: str) -> None:
+        """Into these mailboxes and out of all others."""
+        self.file(mail_id, {self.mailbox_id(name) for name in mailboxes})
+
+    def mark(self, mail_id: str, *keywords: str) -> None:
+        """Exactly these keywords, as in `$seen`."""
+        self.file(mail_id, self.mails[mail_id].mailboxes, keywords)
+
+    def file(
+        self, mail_id: str, mailboxes: Iterable[str], keywords: Iterable[str] | None = None
+    ) -> None:
+        """The one place where a mail changes; in no mailbox it is gone. No change: no new state."""
+        mail = self.mails[mail_id]
+        old_boxes, old_words = mail.mailboxes, mail.keywords
+        mail.mailboxes = frozenset(mailboxes)
+        mail.keywords = old_words if keywords is None else frozenset(keywords)
+        counted = old_boxes ^ mail.mailboxes
+        if "$seen" in old_words ^ mail.keywords:
+            counted = old_boxes | mail.mailboxes
+        for box_id in old_boxes:
+            self.mailboxes[box_id].mails.discard(mail_id)
+            self.mailboxes[box_id].unread -= "$seen" not in old_words
+        for box_id in mail.mailboxes:
+            self.mailboxes[box_id].mails.add(mail_id)
+            self.mailboxes[box_id].unread += "$seen" not in mail.keywords
+        if not mail.mailboxes:
+            del self.mails[mail_id]
+            self.by_sender.remove(sender_text(mail.sender), mail_id)
+            self.by_raw_sender.remove(mail.sender or "", mail_id)
+        if (old_boxes, old_words) != (mail.mailboxes, mail.keywords):
+            self._note("Email", mail_id, alive=bool(mail.mailboxes))
+            self._publish(*(("Mailbox", box_id) for box_id in counted))
+
+    def remove_mail(self, mail_id: str) -> None:
+        self.file(mail_id, ())
+
+    def mailboxes_of(self, mail_id: str) -> set[str]:
+        return {self.mailboxes[box_id].name for box_id in self.mails[mail_id].mailboxes}
+
+    def mails_in(self, mailbox: str) -> set[str]:
+        return set(self.mailboxes[self.mailbox_id(mailbox)].mails)
+
+    # Contacts
+
+    def add_book(self, name: str) -> str:
+        book_id = f"A{next(self._serial)}"
+        self.books[book_id] = Book(book_id, name, is_default=not self.books)
+        self._publish(("AddressBook", book_id))
+        return book_id
+
+    def new_card(self, properties: Mapping[str, Any]) -> str:
+        """A card of these properties, with the ids it lacks and in the default book."""
+        serial = next(self._serial)
+        uid = properties.get("uid") or f"urn:uuid:{uuid.UUID(int=serial, version=4)}"
+        book_id = next(key for key, book in self.books.items() if book.is_default)
+        card: JSON = {"@type": "Card", "version": "1.0", "addressBookIds": {book_id: True}}
+        card |= {**properties, "uid": uid, "id": uid if self.id_is_uid else f"C{serial}"}
+        self.put_card(card)
+        return str(card["id"])
+
+    def add_contact(
+        self, address: str, name: str = "", kind: str = "individual", **properties: Any
+    ) -> str:
+        named = {"name": {"full": name}} if name else {}
+        emails = {"e1": {"address": address}} if address else {}
+        return self.new_card({"kind": kind, **named, "emails": emails, **properties})
+
+    def add_group(self, name: str, members: Iterable[str] = ()) -> str:
+        """`members` are ids of contacts, or uids."""
+        uids = {self.cards[key]["uid"] if key in self.cards else key: True for key in members}
+        return self.new_card({"kind": "group", "name": {"full": name}, "members": uids})
+
+    def group_id(self, name: str) -> str:
+        """Of namesakes the oldest."""
+        groups = (card for key, card in self.cards.items() if key in self.groups)
+        return next(str(card["id"]) for card in groups if card["name"].get("full") == name)
+
+    def join_group(self, name: str, contact_id: str) -> None:
+        group = self.cards[self.group_id(name)]
+        members = {**group.get("members", {}), self.cards[contact_id]["uid"]: True}
+        self.put_card({**group, "members": members})
+
+    def leave_group(self, name: str, contact_id: str) -> None:
+        group = self.cards[self.group_id(name)]
+        uid = self.cards[contact_id]["uid"]
+        left = {key: True for key in group.get("members", {}) if key != uid}
+        self.put_card({**group, "members": left})
+
+    def put_card(self, card: JSON) -> None:
+        """The one place where a card is made or changed."""
+        if card["id"] in self.cards:
+            self._unindex(self.cards[card["id"]])
+        self.cards[card["id"]] = card
+        self.by_uid[card["uid"]] = card["id"]
+        for email in (card.get("emails") or {}).values():
+            self.by_email.add(email["address"], card["id"])
+        if card.get("kind") == "group":
+            self.groups.add(card["id"])
+        self._publish(("ContactCard", card["id"]))
+
+    def remove_card(self, card_id: str) -> None:
+        """Its uid stays in the groups it was in."""
+        self._unindex(self.cards.pop(card_id))
+        self._publish(("ContactCard", card_id), alive=False)
+
+    def _unindex(self, card: JSON) -> None:
+        del self.by_uid[card["uid"]]
+        self.groups.discard(card["id"])
+        for address in {e["address"].lower() for e in (card.get("emails") or {}).values()}:
+            self.by_email.remove(address, card["id"])
+
+    def contacts_of(self, address: str) -> list[JSON]:
+        """The cards that have exactly this address."""
+        return [self.cards[key] for key in sorted(self.by_email.exact(address))]
+
+    def groups_of(self, address: str) -> set[str]:
+        """Names of the groups that a contact of this address is in."""
+        uids = {card["uid"] for card in self.contacts_of(address)}
+        groups = (self.cards[key] for key in self.groups)
+        return {group["name"]["full"] for group in groups if uids & group.get("members", {}).keys()}
+
+    # States
+
+    def state(self, kind: str) -> str:
+        return f"J{self.histories[kind].modseq}"
+
+    def _note(self, kind: str, object_id: str, alive: bool = True) -> None:
+        self.modseq += 1
+        self.histories[kind].note(object_id, self.modseq, alive)
+        self._news[kind] = self.modseq
+
+    def _publish(self, *changed: tuple[str, str], alive: bool = True) -> None:
+        for kind, object_id in changed:
+            self._note(kind, object_id, alive)
+        self.queries.clear()
+        news, self._news = self._news, {}
+        for listener in self.listeners:
+            listener(news)
+
+
+# ------------------------------------------------------------------------------- the data types
+
+
+def text_of(value: object) -> str:
+    if not isinstance(value, str):
+        raise MethodError("invalidArguments", f"not a string: {value!r}")
+    return value
+
+
+def select(where: JSON | None, among: Ids, condition: Callable[[str, Any, Ids], Ids]) -> Ids:
+    """The ids a filter leaves (RFC 8620 section 5.5); `condition` narrows by one property."""
+    where = where or {}
+    if "operator" not in where:
+        for name, value in where.items():
+            among = condition(name, value, among)
+        return among
+    operator, parts = where["operator"], where["conditions"]
+    if operator == "AND":
+        for part in parts:
+            among = select(part, among, condition)
+        return among
+    if operator not in ("OR", "NOT"):
+        raise MethodError("invalidArguments", "filter/operator")
+    found: Ids = set().union(*(select(part, among, condition) for part in parts))
+    return among - found if operator == "NOT" else found
+
+
+def pointer_parts(path: str) -> list[str]:
+    """The parts of a JSON pointer (RFC 6901) without its leading slash."""
+    return [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")]
+
+
+def apply_patch(item: JSON, patch: JSON) -> JSON:
+    """A patched copy (RFC 8620 section 5.3): parents must exist, no path may contain another."""
+    paths = [pointer_parts(path) for path in patch]
+    for outer, inner in itertools.pairwise(sorted(paths)):
+        if inner[: len(outer)] == outer:
+            raise SetError("invalidPatch", f"{'/'.join(inner)} is inside of {'/'.join(outer)}")
+    patched = dict(item)
+    for (*parents, last), value in zip(paths, patch.values(), strict=True):
+        target = patched
+        for part in parents:
+            if not isinstance(target.get(part), dict):
+                raise SetError("invalidPatch", f"no {part} on the way to {last}")
+            target[part] = dict(target[part])
+            target = target[part]
+        if value is None:
+            target.pop(last, None)
+        else:
+            target[last] = value
+    return patched
+
+
+def is_id_set(value: object) -> bool:
+    """Whether this is an `Id[Boolean]` of RFC 8620: every value must be true."""
+    return isinstance(value, dict) and all(flag is True for flag in value.values())
+
+
+def flags(names: Iterable[str]) -> dict[str, bool]:
+    return dict.fromkeys(names, True)
+
+
+def nothing(*_: object) -> None:
+    """The value of a property that this server knows and never fills."""
+
+
+class Kind:
+    """One JMAP data type: what get, query and set have to know of its objects."""
+
+    name: ClassVar[str]
+    capability: ClassVar[str]
+    verbs: ClassVar[frozenset[str]] = frozenset({"get", "query", "set", "changes"})
+    arguments: ClassVar[frozenset[str]] = frozenset()  # beyond those of RFC 8620
+    references: ClassVar[frozenset[str]] = frozenset()  # properties that may hold creation ids
+    properties: ClassVar[Mapping[str, Callable[[Account, Any], Any]] | None] = None
+    sorts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+
+    def __init__(self, account: Account, options: Options) -> None:
+        self.account, self.options = account, options
+
+    def objects(self) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def check(self, properties: Iterable[str]) -> None:
+        if unknown := [name for name in properties if name not in (self.properties or {})]:
+            raise MethodError("invalidArguments", f"unknown properties: {unknown}")
+
+    def render(self, item: Any, properties: list[str] | None) -> JSON:
+        table = self.properties or {}
+        wanted = table if properties is None else dict.fromkeys(["id", *properties])
+        return {name: table[name](self.account, item) for name in wanted}
+
+    def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
+        """All matching ids in order; those alike in order of arrival."""
+        options, queries, objects = self.options, self.account.queries, self.objects()
+        key = json.dumps([self.name, where, sort, options.from_search, options.index_until])
+        if key in queries and not options.index_lag:
+            return queries[key]
+        found = select(where, objects.keys(), self.condition)
+        ids = sorted(found, key=self.account.histories[self.name].born)
+        for comparator in reversed(sort):
+            if comparator["property"] not in self.sorts:
+                raise MethodError("unsupportedSort", comparator["property"])
+            values = {key: self.sorts[comparator["property"]](objects[key]) for key in ids}
+            ids.sort(key=values.__getitem__, reverse=not comparator.get("isAscending", True))
+        queries[key] = ids
+        return ids
+
+    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
+        """Filter conditions that look at every object."""
+        return {}
+
+    def condition(self, name: str, value: Any, among: Ids) -> Ids:
+        if name not in (tests := self.tests(value)):
+            raise MethodError("unsupportedFilter", name)
+        objects = self.objects()
+        return {key for key in among if tests[name](objects[key])}
+
+    def create(self, item: JSON) -> JSON:
+        """Makes an object; returns the properties the client does not know (with its id)."""
+        raise SetError("forbidden", "only the tests deliver mail")
+
+    def update(self, object_id: str, patch: JSON) -> None:
+        raise NotImplementedError
+
+    def destroy(self, object_id: str, args: JSON) -> None:
+        raise NotImplementedError
+
+
+RIGHTS = "ReadItems AddItems RemoveItems SetSeen SetKeywords CreateChild Rename Delete Submit"
+MAILBOX_RIGHTS = {f"may{right}": True for right in re.findall(r"\w+", RIGHTS)}
+
+
+class Mailboxes(Kind):
+    name = "Mailbox"
+    capability = MAIL
+    arguments = frozenset({"onDestroyRemoveEmails"})
+    references = frozenset({"parentId"})
+    writable: ClassVar = {"name": "name", "parentId": "parent_id", "sortOrder": "sort_order"}
+    properties: ClassVar = {
+        "id": lambda _, box: box.id,
+        "name": lambda _, box: box.name,
+        "parentId": lambda _, box: box.parent_id,
+        "role": lambda _, box: box.role,
+        "sortOrder": lambda _, box: box.sort_order,
+        "totalEmails": lambda _, box: len(box.mails),
+        "unreadEmails": lambda _, box: box.unread,
+        "totalThreads": lambda _, box: len(box.mails),
+        "unreadThreads": lambda _, box: box.unread,
+        "isSubscribed": lambda *_: True,
+        "myRights": lambda *_: MAILBOX_RIGHTS,
+    }
+    sorts: ClassVar = {"name": lambda box: box.name, "sortOrder": lambda box: box.sort_order}
+
+    def objects(self) -> Mapping[str, Mailbox]:
+        return self.account.mailboxes
+
+    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
+        return {
+            "name": lambda box: text_of(value).lower() in box.name.lower(),
+            "parentId": lambda box: box.parent_id == value,
+            "role": lambda box: box.role == value,
+        }
+
+    def create(self, item: JSON) -> JSON:
+        self._write(draft := Mailbox("", ""), item)
+        box_id = self.account.add_mailbox(draft.name, draft.parent_id)
+        self.account.mailboxes[box_id].sort_order = draft.sort_order
+        return self.render(self.account.mailboxes[box_id], None)
+
+    def update(self, object_id: str, patch: JSON) -> None:
+        box = self.account.mailboxes[object_id]
+        before = replace(box)
+        self._write(box, patch)
+        if box != before:
+            self.account.rename_mailbox(object_id, box.name)
+
+    def _write(self, box: Mailbox, values: JSON) -> None:
+        """Sets what may be set; a name must be unique among its siblings (RFC 8621 section 2)."""
+        boxes = self.account.mailboxes
+        bad = [name for name in values if name not in self.writable]
+        name, parent = values.get("name", box.name), values.get("parentId", box.parent_id)
+        if parent is not None and parent not in boxes:
+            bad.append("parentId")
+        others = ((other.name, other.parent_id) for other in boxes.values() if other.id != box.id)
+        if not name or (name, parent) in others:
+            bad.append("name")
+        if bad:
+            raise SetError("invalidProperties", properties=bad)
+        for key, value in values.items():
+            setattr(box, self.writable[key], value)
+
+    def destroy(self, object_id: str, args: JSON) -> None:
+        boxes = self.account.mailboxes
+        if any(other.parent_id == object_id for other in boxes.values()):
+            raise SetError("mailboxHasChild")
+        if boxes[object_id].mails and not args.get("onDestroyRemoveEmails"):
+            raise SetError("mailboxHasEmail")
+        self.account.remove_mailbox(object_id)
+
+
+class Emails(Kind):
+    name = "Email"
+    capability = MAIL
+    arguments = frozenset({"bodyProperties", "fetchTextBodyValues", "collapseThreads"})
+    references = frozenset({"mailboxIds"})
+    unfilled = ("inReplyTo", "references", "sender", "cc", "bcc", "replyTo")
+    properties: ClassVar = {
+        "id": lambda _, mail: mail.id,
+        "blobId": lambda _, mail: f"B{mail.id}",
+        "threadId": lambda _, mail: f"T{mail.id}",
+        "mailboxIds": lambda _, mail: flags(mail.mailboxes),
+        "keywords": lambda _, mail: flags(mail.keywords),
+        "size": lambda _, mail: 1000 + len(mail.subject),
+        "receivedAt": lambda _, mail: mail.received_at,
+        "sentAt": lambda _, mail: mail.received_at,
+        "messageId": lambda _, mail: [f"{mail.id}@mail.example"],
+        "from": lambda _, mail: address_objects(mail.sender),
+        "to": lambda account, _: [{"name": None, "email": account.address}],
+        "subject": lambda _, mail: decoded(mail.subject),
+        "hasAttachment": lambda *_: False,
+        "preview": lambda _, mail: f"{mail.subject} ...",
+        "header:From": lambda _, mail: mail.sender and f" {mail.sender}",
+        **dict.fromkeys(unfilled, nothing),
+    }
+    sorts: ClassVar = {
+        "receivedAt": lambda mail: mail.received_at,
+        "from": lambda mail: sender_text(mail.sender).lower(),
+        "subject": lambda mail: decoded(mail.subject).lower(),
+    }
+
+    def objects(self) -> Mapping[str, Mail]:
+        return self.account.mails
+
+    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
+        return {
+            "inMailboxOtherThan": lambda mail: mail.mailboxes.difference(value),
+            "hasKeyword": lambda mail: value in mail.keywords,
+            "notKeyword": lambda mail: value not in mail.keywords,
+            "before": lambda mail: mail.received_at < text_of(value),
+            "after": lambda mail: mail.received_at >= text_of(value),
+        }
+
+    def condition(self, name: str, value: Any, among: Ids) -> Ids:
+        """RFC 8621 section 4.4.1; `header` is a substring of the raw header and needs no index."""
+        account = self.account
+        if name == "inMailbox":
+            box = account.mailboxes.get(text_of(value))
+            return among & box.mails if box else set()
+        if name in ("from", "subject", "text"):
+            return self._text_search(name, text_of(value), among)
+        if name == "header":
+            header, text = map(text_of, value)
+            if header.lower() != "from":
+                raise MethodError("unsupportedFilter", f"header {header}")
+            return among & account.by_raw_sender.containing(text)
+        return super().condition(name, value, among)
+
+    def _text_search(self, name: str, text: str, among: Ids) -> Ids:
+        """Words or parts of words, anywhere in names and addresses, as far as the index got."""
+        if self.options.from_search == "error":
+            raise MethodError("serverFail", "no search index")
+        found: Ids = set()
+        if name != "subject":
+            found = among & self.account.by_sender.containing(*text.split())
+        mails, lower = self.account.mails, text.lower()
+        if name != "from":
+            found |= {key for key in among if lower in decoded(mails[key].subject).lower()}
+        return {key for key in found if self._indexed(mails[key])}
+
+    def _indexed(self, mail: Mail) -> bool:
+        until, lag = self.options.index_until, self.options.index_lag
+        has_index = self.options.from_search == "index"
+        arrived = (until is None or mail.modseq <= until) and time.monotonic() - mail.arrived >= lag
+        return has_index and arrived
+
+    def update(self, object_id: str, patch: JSON) -> None:
+        """Only `mailboxIds` and `keywords` of a mail may change (RFC 8621 section 4.6)."""
+        mail, mailboxes, named = self.account.mails[object_id], self.account.mailboxes, set()
+        for path, value in patch.items():
+            top, *rest = pointer_parts(path)
+            good = (value is True or value is None) if rest else is_id_set(value)
+            if top not in ("mailboxIds", "keywords") or len(rest) > 1 or not good:
+                raise SetError("invalidProperties", properties=[path])
+            if top == "mailboxIds":
+                named |= set(rest or value)
+        if not named <= mailboxes.keys():
+            raise SetError("invalidProperties", properties=["mailboxIds"])
+        now = {"mailboxIds": flags(mail.mailboxes), "keywords": flags(mail.keywords)}
+        patched = apply_patch(now, patch)
+        if len(patched["mailboxIds"]) > self.options.max_mailboxes_per_email:
+            raise SetError("tooManyMailboxes", "a mail may not be in so many mailboxes")
+        if not patched["mailboxIds"] and self.options.last_mailbox == "refuse":
+            raise SetError("invalidProperties", "in no mailbox", properties=["mailboxIds"])
+        self.account.file(object_id, patched["mailboxIds"], patched["keywords"])
+
+    def destroy(self, object_id: str, args: JSON) -> None:
+        self.account.remove_mail(object_id)
+
+
+class Identities(Kind):
+    name = "Identity"
+    capability = SUBMISSION
+    verbs = frozenset({"get"})
+    properties: ClassVar = {
+        "id": lambda *_: "I1",
+        "name": lambda *_: "Alice",
+        "email": lambda account, _: account.address,
+        "mayDelete": lambda *_: False,
+    }
+
+    def objects(self) -> Mapping[str, Any]:
+        return {"I1": None}
+
+
+class Books(Kind):
+    name = "AddressBook"
+    capability = CONTACTS
+    verbs = frozenset({"get"})
+    properties: ClassVar = {
+        "id": lambda _, book: book.id,
+        "name": lambda _, book: book.name,
+        "description": nothing,
+        "sortOrder": lambda *_: 0,
+        "isDefault": lambda _, book: book.is_default,
+        "isSubscribed": lambda *_: True,
+        "myRights": lambda *_: flags(["mayRead", "mayWrite", "mayShare", "mayDelete"]),
+    }
+
+    def objects(self) -> Mapping[str, Book]:
+        return self.account.books
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def is_map_of(required: str, value: object) -> bool:
+    """A map of RFC 9553 Ids to objects that have this text property."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[\w-]{1,255}", key) and is_object(item) and is_text(item.get(required))
+        for key, item in value.items()
+    )
+
+
+def is_name(value: object) -> bool:
+    """RFC 9553 section 2.2.1: a full name, or components of a kind and a value, or both."""
+    if not isinstance(value, dict) or not value.keys() & {"full", "components"}:
+        return False
+    texts = [value.get("full", "")]
+    for part in value.get("components", []):
+        texts += [part.get("kind"), part.get("value")]
+    return all(map(is_text, texts))
+
+
+CARD_OBJECTS = (
+    "organizations nicknames titles onlineServices phones addresses cryptoKeys directories links "
+    "media anniversaries personalInfo speakToAs preferredLanguages calendars schedulingAddresses "
+    "relatedTo localizations"
+)
+CARD_KINDS = ("individual", "group", "org", "location", "device", "application")
+CARD_RULES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("id", "uid", "created", "updated", "prodId", "language"), is_text),
+    **dict.fromkeys(re.findall(r"\w+", CARD_OBJECTS), is_object),
+    "@type": lambda value: value == "Card",
+    "version": lambda value: value == "1.0",
+    "addressBookIds": lambda value: is_id_set(value) and bool(value),
+    "kind": lambda value: value in CARD_KINDS,
+    "name": is_name,
+    "emails": partial(is_map_of, "address"),
+    "notes": partial(is_map_of, "note"),
+    "members": is_id_set,
+    "keywords": is_id_set,
+}
+CARD_REQUIRED = ("@type", "version", "addressBookIds")
+
+
+class Cards(Kind):
+    name = "ContactCard"
+    capability = CONTACTS
+    references = frozenset({"addressBookIds"})
+    sorts: ClassVar = {
+        "created": lambda card: card.get("created", ""),
+        "updated": lambda card: card.get("updated", ""),
+    }
+
+    def objects(self) -> Mapping[str, JSON]:
+        return self.account.cards
+
+    def check(self, properties: Iterable[str]) -> None:
+        """A card may have properties of other makers, so none is unknown (RFC 9553)."""
+
+    def render(self, item: JSON, properties: list[str] | None) -> JSON:
+        wanted = item if properties is None else ["id", *properties]
+        return {key: item[key] for key in wanted if key in item}
+
+    def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
+        broken = self.options.not_finds_nothing and '"NOT"' in json.dumps(where)
+        return [] if broken else super().search(where, sort)
+
+    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
+        def has_text(part: object) -> bool:
+            return text_of(value).lower() in json.dumps(part, ensure_ascii=False).lower()
+
+        return {
+            "kind": lambda card: card.get("kind", "individual") == value,
+            "inAddressBook": lambda card: value in card["addressBookIds"],
+            "name": lambda card: has_text(card.get("name")),
+            "text": has_text,
+            "hasMember": lambda card: value in card.get("members", {}),
+        }
+
+    def condition(self, name: str, value: Any, among: Ids) -> Ids:
+        """RFC 9610 section 3.3.1; `email` is a substring, as Cyrus has it."""
+        account = self.account
+        if name == "email":
+            return among & account.by_email.containing(text_of(value))
+        if name == "uid":
+            return among & {account.by_uid.get(text_of(value), "")}
+        if name == "kind" and value == "group":
+            return among & account.groups
+        if name == "hasMember":
+            among = among & account.groups
+        return super().condition(name, value, among)
+
+    def create(self, item: JSON) -> JSON:
+        self._validate(item, item.keys() | set(CARD_REQUIRED), {})
+        card = self.account.cards[self.account.new_card(item)]
+        return {name: value for name, value in card.items() if name not in item}
+
+    def update(self, object_id: str, patch: JSON) -> None:
+        card = self.account.cards[object_id]
+        patched = apply_patch(card, patch)
+        if patched != card:
+            self._validate(patched, {pointer_parts(path)[0] for path in patch}, card)
+            self.account.put_card(patched)
+
+    def _validate(self, card: JSON, changed: Iterable[str], old: JSON) -> None:
+        """RFC 9553 and 9610: what must be there is, what is there is right, ids are not changed."""
+        bad = {name for name in changed if name not in CARD_RULES and ":" not in name}
+        given = {name for name in changed if name in CARD_RULES and name in card}
+        bad |= {name for name in given if not CARD_RULES[name](card[name])}
+        bad |= {name for name in CARD_REQUIRED if name not in card}
+        bad |= {name for name in ("id", "uid") if old and card.get(name) != old[name]}
+        if not old:
+            bad |= {"id"} & card.keys() | (
+                {"uid"} if card.get("uid") in self.account.by_uid else set()
+            )
+        if (
+            "addressBookIds" not in bad
+            and not card["addressBookIds"].keys() <= self.account.books.keys()
+        ):
+            bad.add("addressBookIds")
+        if bad:
+            raise SetError("invalidProperties", properties=sorted(bad))
+
+    def destroy(self, object_id: str, args: JSON) -> None:
+        self.account.remove_card(object_id)
+
+
+KINDS: tuple[type[Kind], ...] = (Mailboxes, Emails, Identities, Books, Cards)
+
+
+# -------------------------------------------------------------------------------- one API request
+
+
+@dataclass(slots=True)
+class Write:
+    """A set call that changed something."""
+
+    method: str
+    args: JSON
+    reply: JSON
+
+
+def evaluate(value: Any, parts: list[str]) -> Any:
+    """A JSON pointer with `*` for every item of a list (RFC 8620 section 3.7)."""
+    if not parts:
+        return value
+    head, *rest = parts
+    if isinstance(value, list) and head == "*":
+        found: list[Any] = []
+        for item in value:
+            result = evaluate(item, rest)
+            found.extend(result if isinstance(result, list) else [result])
+        return found
+    return evaluate(value[int(head)] if isinstance(value, list) else value[head], rest)
+
+
+class Run:
+    """One API request: its calls in order, with result references and creation ids."""
+
+    def __init__(self, server: JMAPServer, body: Any, fault: Fault) -> None:
+        self.server, self.fault = server, fault
+        self.account, self.options = server.account, server.options
+        try:
+            self.using, self.calls = body["using"], body["methodCalls"]
+            self.created: dict[str, str] = dict(body.get("createdIds") or {})
+            self.tells_created = "createdIds" in body
+            well_formed = all(
+                isinstance(name, str) and isinstance(args, dict) and isinstance(call_id, str)
+                for name, args, call_id in self.calls
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):
+            well_formed = False
+        if not well_formed:
+            raise ProblemError("notRequest", "not a Request object")
+        self._check_capabilities()
+        self.replies: list[list[Any]] = []
+
+    def _check_capabilities(self) -> None:
+        offered = self.server.capabilities()
+        if unknown := [name for name in self.using if name not in offered]:
+            raise ProblemError("unknownCapability", f"unknown capability {unknown[0]}")
+        if len(self.calls) > self.server.limit("maxCallsInRequest"):
+            raise ProblemError("limit", limit="maxCallsInRequest")
+
+    def answer(self) -> JSON:
+        for name, args, call_id in self.calls:
+            if self.fault.before_call:
+                self.fault.before_call(name, args)
+            try:
+                if error := self.fault.errors.get(call_id) or self.fault.errors.get(name):
+                    self.replies.append(["error", error, call_id])
+                else:
+                    self.replies.append([name, self._call(name, args), call_id])
+            except MethodError as failure:
+                self.replies.append(["error", failure.body, call_id])
+        reply: JSON = {"methodResponses": self.replies, "sessionState": self.server.session_state()}
+        return reply | ({"createdIds": self.created} if self.tells_created else {})
+
+    def _call(self, name: str, raw_args: JSON) -> JSON:
+        args = self._with_results(raw_args)
+        if name == "Core/echo":
+            return args
+        type_name, _, verb = name.partition("/")
+        kind = self.server.kinds.get(type_name)
+        if kind is None or verb not in kind.verbs or kind.capability not in self.using:
+            raise MethodError("unknownMethod")
+        if "accountId" not in args:
+            raise MethodError("invalidArguments", "accountId is missing")
+        if args["accountId"] != self.account.id:
+            raise MethodError("accountNotFound")
+        known = ARGUMENTS[verb] | kind.arguments
+        if unknown := [key for key in args if key not in known]:
+            raise MethodError("invalidArguments", f"unknown arguments: {unknown}")
+        methods = {"get": self._get, "query": self._query, "set": self._set}
+        reply = methods.get(verb, self._changes)(kind, args)
+        return {"accountId": self.account.id, **reply}
+
+    def _with_results(self, args: JSON) -> JSON:
+        """The arguments with `#name` replaced by what it refers to (RFC 8620 section 3.7)."""
+        resolved = {}
+        for key, value in args.items():
+            if key.startswith("#") and key[1:] in args:
+                raise MethodError("invalidArguments", f"{key[1:]} twice")
+            resolved[key.removeprefix("#")] = self._result(value) if key[:1] == "#" else value
+        return resolved
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            earlier = next(one for one in self.replies if one[2] == reference["resultOf"])
+            if earlier[0] != reference["name"] or reference["path"][0] != "/":
+                raise LookupError("another method, or no pointer")
+            return evaluate(earlier[1], pointer_parts(reference["path"][1:]))
+        except (LookupError, StopIteration, TypeError, ValueError) as problem:
+            raise MethodError("invalidResultReference", repr(problem)) from None
+
+    def _resolved(self, object_id: str) -> str:
+        """The id a creation id stands for; itself if it is none (RFC 8620 section 5.3)."""
+        if object_id.startswith("#"):
+            return self.created.get(object_id[1:], object_id)
+        return object_id
+
+    def _resolved_patch(self, kind: Kind, patch: Any) -> JSON:
+        if not isinstance(patch, dict):
+            raise MethodError("invalidArguments", "a patch must be an object")
+        if not self.created:
+            return patch
+        resolved: JSON = {}
+        for path, value in patch.items():
+            top, slash, rest = path.partition("/")
+            if top in kind.references:
+                path = top + slash + self._resolved(rest)
+                if isinstance(value, dict):
+                    value = {self._resolved(key): flag for key, flag in value.items()}
+                elif isinstance(value, str):
+                    value = self._resolved(value)
+            resolved[path] = value
+        return resolved
+
+    def _get(self, kind: Kind, args: JSON) -> JSON:
+        kind.check(args.get("properties") or ())
+        objects = kind.objects()
+        ids = list(objects) if args.get("ids") is None else args["ids"]
+        if not isinstance(ids, list) or not all(isinstance(key, str) for key in ids):
+            raise MethodError("invalidArguments", "ids must be a list of ids")
+        if len(ids) > self.server.limit("maxObjectsInGet"):
+            raise MethodError("requestTooLarge")
+        ids = list(dict.fromkeys(self._resolved(key) for key in ids))
+        properties = args.get("properties")
+        return {
+            "state": self.account.state(kind.name),
+            "list": [kind.render(objects[key], properties) for key in ids if key in objects],
+            "notFound": [key for key in ids if key not in objects],
+        }
+
+    def _changes(self, kind: Kind, args: JSON) -> JSON:
+        """RFC 8620 section 5.2; what came and went in between is not told."""
+        history, most = self.account.histories[kind.name], args.get("maxChanges") or FOREVER
+        since = re.fullmatch(r"J(\d+)", str(args.get("sinceState")))
+        if since is None or int(since[1]) > history.modseq:
+            raise MethodError("cannotCalculateChanges")
+        known = int(since[1])
+        entries = history.since(known)
+        told = entries[:most]
+        return {
+            "oldState": args["sinceState"],
+            "newState": f"J{told[-1][2] if told else history.modseq}",
+            "hasMoreChanges": len(entries) > most,
+            "created": [key for key, born, _, alive in told if alive and born > known],
+            "updated": [key for key, born, _, alive in told if alive and born <= known],
+            "destroyed": [key for key, born, _, alive in told if not alive and born <= known],
+            **({"updatedProperties": None} if kind.name == "Mailbox" else {}),
+        }
+
+    def _query(self, kind: Kind, args: JSON) -> JSON:
+        """RFC 8620 section 5.5. The whole result is found first, then the page is cut from it."""
+        ids = kind.search(args.get("filter"), args.get("sort") or [])
+        start = self._start(ids, args)
+        limit, cap = args.get("limit"), self.options.max_query_limit
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise MethodError("invalidArguments", "limit")
+        lowered = cap is not None and (limit is None or limit > cap)
+        page = ids[start:][: cap if lowered else limit]
+        return {
+            "queryState": self.account.state(kind.name),
+            "canCalculateChanges": False,
+            "position": start,
+            "ids": page,
+            **({"total": len(ids)} if args.get("calculateTotal") else {}),
+            **({"limit": cap} if lowered else {}),
+        }
+
+    def _start(self, ids: list[str], args: JSON) -> int:
+        if (anchor := args.get("anchor")) is not None:
+            if anchor not in ids:
+                raise MethodError("anchorNotFound")
+            return max(0, ids.index(anchor) + int(args.get("anchorOffset") or 0))
+        position = args.get("position") or 0
+        if not isinstance(position, int):
+            raise MethodError("invalidArguments", "position")
+        return position if position >= 0 else max(0, len(ids) + position)
+
+    def _set(self, kind: Kind, args: JSON) -> JSON:
+        """RFC 8620 section 5.3: every object by itself succeeds or fails; nothing is null."""
+        create, update = args.get("create") or {}, args.get("update") or {}
+        tasks: list[tuple[str, str, Any]] = [("Created", *entry) for entry in create.items()]
+        tasks += [("Updated", *entry) for entry in update.items()]
+        tasks += [("Destroyed", key, args) for key in args.get("destroy") or ()]
+        old_state = self.account.state(kind.name)
+        if self.options.read_only:
+            raise MethodError("accountReadOnly")
+        if len(tasks) > self.server.limit("maxObjectsInSet"):
+            raise MethodError("requestTooLarge")
+        if args.get("ifInState") not in (None, old_state):
+            raise MethodError("stateMismatch")
+        done: dict[str, JSON] = {verb: {} for verb in SET_OUTCOMES}
+        for verb, key, value in tasks:
+            try:
+                done[verb.lower()] |= self._change(kind, verb, key, value)
+            except SetError as failure:
+                done[f"not{verb}"][key] = failure.body
+        told: JSON = {**done, "destroyed": list(done["destroyed"])}
+        reply: JSON = {"oldState": old_state, "newState": self.account.state(kind.name)}
+        reply |= {key: value or None for key, value in told.items()}
+        if reply["newState"] != old_state:
+            self.server.note_write(Write(f"{kind.name}/set", args, reply))
+        return reply
+
+    def _change(self, kind: Kind, verb: str, key: str, value: Any) -> JSON:
+        """One object's creation, update or destruction, as it is reported."""
+        if refused := self.fault.refuse.get(key) or self.fault.refuse.get("*"):
+            raise SetError(refused["type"], **{k: v for k, v in refused.items() if k != "type"})
+        if verb == "Created":
+            made = kind.create(self._resolved_patch(kind, value))
+            self.created[key] = made["id"]
+            return {key: made}
+        object_id = self._resolved(key)
+        if object_id not in kind.objects():
+            raise SetError("notFound")
+        if verb == "Updated":
+            kind.update(object_id, self._resolved_patch(kind, value))
+        else:
+            kind.destroy(object_id, value)
+        return {object_id: None}
+
+
+SET_OUTCOMES = ("created", "updated", "destroyed", "notCreated", "notUpdated", "notDestroyed")
+PAGE = ("filter", "sort", "position", "anchor", "anchorOffset", "limit", "calculateTotal")
+ARGUMENTS = {
+    "get": frozenset({"accountId", "ids", "properties"}),
+    "changes": frozenset({"accountId", "sinceState", "maxChanges"}),
+    "query": frozenset({"accountId", *PAGE}),
+    "set": frozenset({"accountId", "ifInState", "create", "update", "destroy"}),
+}
+
+
+# ------------------------------------------------------------------------------------------ HTTP
+
+
+@dataclass
+class Request:
+    """A request as it came, for the tests to look at; header names are in lower case."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes = field(repr=False)
+    time: float = field(default_factory=time.monotonic)
+    status: int | None = None  # what was answered, if anything (yet)
+
+    def __post_init__(self) -> None:
+        url = urllib.parse.urlsplit(self.target)
+        self.path = url.path
+        self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        self.size = len(self.body)
+        try:
+            self.json = json.loads(self.body) if self.kind == "api" else None
+        except ValueError:
+            self.json = None
+
+    @property
+    def kind(self) -> str:
+        """One of "session", "well-known", "api", "stream", "other"."""
+        if self.path.startswith(EVENT_PATH):
+            return "stream"
+        paths = {SESSION_PATH: "session", API_PATH: "api", WELL_KNOWN_PATH: "well-known"}
+        return paths.get(self.path, "other")
+
+    @property
+    def calls(self) -> list[tuple[str, JSON]]:
+        """Name and arguments of every method call, as they were sent."""
+        body = self.json if isinstance(self.json, dict) else {}
+        return [(call[0], call[1]) for call in body.get("methodCalls", [])]
+
+    @property
+    def keeps_alive(self) -> bool:
+        return self.headers.get("connection", "").lower() != "close"
+
+    @property
+    def methods(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def matches(self, what: str) -> bool:
+        """Whether it is of this kind or calls this method."""
+        return what == self.kind or what in self.methods
+
+
+@dataclass
+class Reply:
+    status: int
+    body: Body = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    takes_over: Callable[[Connection], None] | None = None  # has the connection: a stream
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its length is known, so that the connection can go on after it."""
+        return isinstance(self.body, bytes) and self.takes_over is None
+
+    @classmethod
+    def of_json(cls, value: Any, status: int = 200) -> Reply:
+        kind = "application/json" if status == 200 else "application/problem+json"
+        return cls(status, json.dumps(value).encode(), {"Content-Type": kind})
+
+
+class Connection:
+    """A client's socket, with as much of HTTP/1.1 as the clients of a JMAP server need."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._unread = b""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+
+    def read_request(self) -> Request | None:
+        """The next request; None when the client has gone."""
+        while b"\r\n\r\n" not in self._unread:
+            if not self._read_more():
+                return None
+        head, _, self._unread = self._unread.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, target, _version = first.split(" ")
+        pairs = (line.partition(":") for line in lines)
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        size = int(headers.get("content-length", 0))
+        parts = [self._unread]
+        while (missing := size - sum(map(len, parts))) > 0:
+            parts.append(self.sock.recv(min(missing, 1 << 20)))
+            if not parts[-1]:
+                return None
+        whole = b"".join(parts)
+        self._unread = whole[size:]
+        return Request(method, target, headers, whole[:size])
+
+    def _read_more(self) -> bool:
+        data = self.sock.recv(65536)
+        self._unread += data
+        return bool(data)
+
+    def send(self, reply: Reply, fault: Fault) -> None:
+        """Head and body go out together: apart they are two packets, and slow."""
+        body = reply.body if isinstance(reply.body, bytes) else b""
+        framing = {"Content-Length": str(len(body))} if reply.is_whole else {"Connection": "close"}
+        reason = http.client.responses.get(reply.status, "Unknown")
+        fields = "".join(f"{k}: {v}\r\n" for k, v in (framing | reply.headers).items())
+        head = f"HTTP/1.1 {reply.status} {reason}\r\n{fields}\r\n".encode("latin-1")
+        self.sock.sendall(head if fault.slow else head + body[: fault.truncate])
+        if reply.takes_over:
+            reply.takes_over(self)
+        elif fault.slow:
+            for byte in body:
+                self.sock.sendall(bytes([byte]))
+                gevent.sleep(fault.slow)
+        elif not isinstance(reply.body, bytes):
+            for piece in reply.body:
+                self.sock.sendall(piece)
+
+    def wait_for_end(self) -> None:
+        """Blocks until the client has gone."""
+        while self._read_more():
+            self._unread = b""
+
+    def abort(self) -> None:
+        """Ends the connection at once, so that the client sees a reset and not a clean end."""
+        linger = struct.pack("ii", 1, 0)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.sock.close()
+
+
+# -------------------------------------------------------------------------------- event streams
+
+
+class Stream:
+    """One open event source (RFC 8620 section 7.3)."""
+
+    def __init__(self, server: JMAPServer, request: Request) -> None:
+        self.server, self.account, self.options = server, server.account, server.options
+        query = request.query
+        types, ping = query.get("types", "*"), query.get("ping", "0")
+        if query.get("closeafter", "no") not in ("state", "no") or not ping.isdigit():
+            raise ProblemError("notRequest", "closeafter or ping")
+        offered = self.options.push_types
+        self.types = offered if types == "*" else offered & set(types.split(","))
+        self.closes_after_state = query.get("closeafter") == "state"
+        least, most = self.options.ping_bounds
+        self.interval = min(max(int(ping), least), most) if int(ping) else 0
+        last_id = request.headers.get("last-event-id", "") if self.options.event_ids else ""
+        self.seen = int(last_id) if last_id.isdigit() else self.account.modseq
+        self.hung = False
+        self._outbox: Queue[dict[str, int] | bytes | None] = Queue()
+
+    def reply(self) -> Reply:
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        if self.options.chunked:
+            headers |= {"Transfer-Encoding": "chunked"}
+        return Reply(200, headers=headers, takes_over=self._run)
+
+    def push(self, news: dict[str, int]) -> None:
+        """Listens to the account. What the client has seen (or will, it says) is no news."""
+        wanted = {key: modseq for key, modseq in news.items() if key in self.types}
+        if any(modseq > self.seen for modseq in wanted.values()):
+            self._outbox.put(wanted)
+
+    def send(self, data: bytes | None) -> None:
+        """Sends these bytes as they are; None ends the stream cleanly."""
+        self._outbox.put(data)
+
+    def drop(self) -> None:
+        """Ends it with a reset."""
+        self._connection.abort()
+        self.send(None)
+
+    def _run(self, connection: Connection) -> None:
+        self._connection = connection
+        self.account.listeners.append(self.push)
+        self.server.streams.append(self)
+        self.server.streams.opened += 1
+        watcher = gevent.spawn(self._watch)
+        try:
+            self._talk()
+        finally:
+            self.account.listeners.remove(self.push)
+            self.server.streams.remove(self)
+            watcher.kill(block=False)
+
+    def _watch(self) -> None:
+        """A client that goes ends its stream even when there is nothing to send."""
+        with suppress(OSError):
+            self._connection.wait_for_end()
+        self.send(None)
+
+    def _talk(self) -> None:
+        present = {key: self.account.histories[key].modseq for key in sorted(self.types)}
+        if self.options.connect_event:
+            self._send_state(present, "connect")
+        else:
+            self.push({key: modseq for key, modseq in present.items() if modseq > self.seen})
+        end = time.monotonic() + (self.options.stream_life or FOREVER)
+        while self._send_next(end):
+            pass
+        if self.options.chunked:
+            self._connection.sock.sendall(b"0\r\n\r\n")
+
+    def _send_next(self, end: float) -> bool:
+        """Sends what comes next, if only a ping; False at the end of the stream."""
+        pace = self.options.ping_pace or self.interval
+        pause = pace if self.options.pings and self.interval else FOREVER
+        try:
+            item = self._outbox.get(timeout=max(0, min(pause, end - time.monotonic())))
+        except Empty:
+            if time.monotonic() >= end:
+                return False
+            interval = self.interval * self.options.ping_unit
+            self._send_event(f'event: ping\ndata: {{"interval": {interval}}}\n\n')
+            return True
+        if isinstance(item, bytes):
+            self._write(item)
+        elif item is not None:
+            gevent.sleep(self.options.push_delay)
+            self._send_state(self._coalesced(item), "change")
+        return item is not None and not (self.closes_after_state and isinstance(item, dict))
+
+    def _coalesced(self, news: dict[str, int]) -> dict[str, int]:
+        while self.options.coalesce and self._outbox.qsize():
+            if not isinstance(following := self._outbox.peek_nowait(), dict):
+                break
+            news = news | following
+            self._outbox.get_nowait()
+        return news
+
+    def _send_state(self, news: dict[str, int], occasion: str) -> None:
+        states = {key: f"J{modseq}" for key, modseq in news.items()}
+        told: JSON = {"changed": {self.account.id: states}}
+        manner = {"type": occasion} if self.options.connect_event else {"@type": "StateChange"}
+        event_id = f"id: {max(news.values(), default=0)}\n" if self.options.event_ids else ""
+        self._send_event(f"{event_id}event: state\ndata: {json.dumps(manner | told)}\n\n")
+
+    def _send_event(self, event: str) -> None:
+        if not self.hung:
+            self._write(event.encode())
+
+    def _write(self, data: bytes) -> None:
+        framed = b"%x\r\n%s\r\n" % (len(data), data) if self.options.chunked else data
+        self._connection.sock.sendall(framed)
+
+
+class Streams(list[Stream]):
+    """The open event streams, and what can befall them all at once."""
+
+    opened = 0
+    """How many there ever were."""
+
+    def drop(self) -> None:
+        """Ends them with a reset."""
+        for stream in list(self):
+            stream.drop()
+
+    def close(self) -> None:
+        """Ends them cleanly."""
+        for stream in self:
+            stream.send(None)
+
+    def hang(self) -> None:
+        """They stay open and send nothing more (but `send_raw`)."""
+        for stream in self:
+            stream.hung = True
+
+    def send_raw(self, data: bytes) -> None:
+        for stream in self:
+            stream.send(data)
+
+
+# ------------------------------------------------------------------------------------ the server
+
+
+class JMAPServer:
+    """One account behind a socket on loopback; listens from the start until `stop`."""
+
+    def __init__(
+        self,
+        options: Options | None = None,
+        account: Account | None = None,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.options = options or Options()
+        self.account = account or Account(id_is_uid=self.options.id_is_uid)
+        self.kinds = {kind.name: kind(self.account, self.options) for kind in KINDS}
+        self.requests: list[Request] = []
+        self.writes: list[Write] = []
+        self.faults: list[Fault] = []
+        self.on_request: Callable[[int, Request], Fault | None] | None = None
+        """Asked before `faults`, with the number of the request (from 1) and the request."""
+        self.crashes: list[Exception] = []
+        """Errors of this server itself; a test that ends with any has found one here."""
+        self.streams = Streams()
+        self.port = 0
+        self._count = self._busy = 0
+        self._ssl_context = ssl_context
+        self._clients = Pool()
+        self.resume()
+
+    @classmethod
+    def with_mailroom_account(
+        cls, options: Options | None = None, categories: Iterable[str] = CATEGORIES, **more: Any
+    ) -> JMAPServer:
+        options = options or Options()
+        account = Account.for_mailroom(categories, id_is_uid=options.id_is_uid)
+        return cls(options, account, **more)
+
+    def __enter__(self) -> JMAPServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # Going away and coming back
+
+    def resume(self) -> None:
+        """Listens, on the same port as before."""
+        address = ("127.0.0.1", self.port)
+        self._listener = StreamServer(address, self._serve, spawn=self._clients)
+        self._listener.start()
+        self.port = int(self._listener.server_port or 0)
+
+    def pause(self) -> None:
+        """Cuts all connections and refuses new ones until `resume`."""
+        self._listener.close()
+        for client in set(self._clients) - {gevent.getcurrent()}:
+            client.kill(block=False)
+        gevent.sleep(0)
+
+    stop = pause
+
+    def restart(self) -> None:
+        self.pause()
+        self.resume()
+
+    # What tests ask
+
+    @property
+    def origin(self) -> str:
+        return f"{'https' if self._ssl_context else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def session_url(self) -> str:
+        return self.origin + SESSION_PATH
+
+    def calls(self, method: str) -> list[JSON]:
+        """Arguments of all calls of a method so far."""
+        return [args for one in self.requests for name, args in one.calls if name == method]
+
+    def count(self, what: str) -> int:
+        """Requests so far of this kind, or with this method."""
+        return sum(request.matches(what) for request in self.requests)
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 5) -> None:
+        """Lets everything else run until the condition holds."""
+        with gevent.Timeout(seconds, AssertionError(f"waited {seconds} s for {condition}")):
+            while not condition():
+                gevent.sleep(0.002)
+
+    def limit(self, name: str) -> int:
+        return self.options.limits.get(name, LIMITS[name])
+
+    def note_write(self, write: Write) -> None:
+        self.writes.append(write)
+        del self.writes[: max(0, len(self.writes) - self.options.history)]
+
+    # Session
+
+    def capabilities(self) -> JSON:
+        options = self.options
+        core = LIMITS | options.limits | {"collationAlgorithms": ["i;ascii-casemap"]}
+        offered = {MAIL: options.has_mail, SUBMISSION: options.has_submission}
+        offered[CONTACTS] = options.has_contacts
+        return {CORE: core} | {name: {} for name, is_offered in offered.items() if is_offered}
+
+    def session(self) -> JSON:
+        """RFC 8620 section 2."""
+        sorts, most = sorted(Emails.sorts), self.options.max_mailboxes_per_email
+        details: dict[str, JSON] = {
+            CORE: {},
+            MAIL: {"maxMailboxesPerEmail": most, "emailQuerySortOptions": sorts},
+            SUBMISSION: {"maxDelayedSend": 0, "submissionExtensions": {}},
+            CONTACTS: {"maxAddressBooksPerCard": 1, "mayCreateAddressBook": False},
+        }
+        capabilities = self.capabilities()
+        account: JSON = {"name": self.options.username, "isPersonal": True}
+        account["isReadOnly"] = self.options.read_only
+        account["accountCapabilities"] = {name: details[name] for name in capabilities}
+        session = {
+            "capabilities": capabilities,
+            "accounts": {self.account.id: account},
+            "primaryAccounts": dict.fromkeys(capabilities, self.account.id),
+            "username": self.options.username,
+            "apiUrl": self._url(API_PATH),
+            "downloadUrl": self._url("/jmap/download/{accountId}/{blobId}/{name}?accept={type}"),
+            "uploadUrl": self._url("/jmap/upload/{accountId}/"),
+        }
+        if self.options.push is not None:
+            template = "?types={types}&closeafter={closeafter}&ping={ping}"
+            ending = template if self.options.event_template else ""
+            session["eventSourceUrl"] = self._url(EVENT_PATH + ending)
+        return session | {"state": format(zlib.crc32(json.dumps(session).encode()), "x")}
+
+    def session_state(self) -> str:
+        return str(self.session()["state"])
+
+    def _url(self, path: str) -> str:
+        return path if self.options.relative_urls else self.origin + path
+
+    # Requests
+
+    def _serve(self, sock: socket.socket, _address: object) -> None:
+        with suppress(OSError):
+            if self._ssl_context:
+                sock = self._ssl_context.wrap_socket(sock, server_side=True)
+            try:
+                connection = Connection(sock)
+                while self._exchange(connection):
+                    pass
+            finally:
+                sock.close()
+
+    def _exchange(self, connection: Connection) -> bool:
+        """One request and what is to become of it; False when the connection ends."""
+        request = connection.read_request()
+        if request is None:
+            return False
+        fault = self._note_request(request)
+        if self.options.latency:
+            gevent.sleep(self.options.latency)
+        works = fault.work or not fault.replaces_work
+        reply = self._work(request, fault) if works else Reply(200)
+        if fault.after:
+            fault.after()
+        gevent.sleep(fault.delay)
+        if fault.hang:
+            connection.wait_for_end()
+            return False
+        if fault.drop:
+            connection.abort()
+            return False
+        if fault.replaces_work:
+            reply = Reply(fault.status or 200, fault.body or b"")
+        reply.headers |= fault.headers
+        request.status = reply.status
+        connection.send(reply, fault)
+        return reply.is_whole and fault.truncate is None and request.keeps_alive
+
+    def _note_request(self, request: Request) -> Fault:
+        """Records it, and returns the fault it meets: the first of those due, or one of nothing."""
+        self._count += 1
+        self.requests.append(request)
+        del self.requests[: max(0, len(self.requests) - self.options.history)]
+        due = [fault for fault in self.faults if fault.due(request)]
+        if self.on_request and (fault := self.on_request(self._count, request)):
+            return fault
+        return due[0] if due else Fault()
+
+    def _work(self, request: Request, fault: Fault) -> Reply:
+        self._busy += 1
+        try:
+            return self._route(request, fault)
+        except ProblemError as problem:
+            return Reply.of_json(problem.body, 400)
+        except Exception as crash:
+            traceback.print_exc()
+            self.crashes.append(crash)
+            return Reply(500, b"the test server crashed")
+        finally:
+            self._busy -= 1
+
+    def _route(self, request: Request, fault: Fault) -> Reply:
+        kind = request.kind
+        if kind == "well-known":
+            return Reply(302, headers={"Location": self._url(SESSION_PATH)})
+        if not self._is_authorized(request):
+            return Reply(401, headers={"WWW-Authenticate": 'Bearer realm="jmap"'})
+        if kind == "other":
+            return Reply(404)
+        if request.method != ("POST" if kind == "api" else "GET"):
+            return Reply(405)
+        if kind == "stream":
+            return self._event_source(request)
+        answer = self._api(request, fault) if kind == "api" else self.session()
+        if isinstance(answer, Reply):
+            return answer
+        return Reply.of_json(fault.edit(answer) if fault.edit else answer)
+
+    def _is_authorized(self, request: Request) -> bool:
+        pair = f"{self.options.username}:{self.options.token}"
+        basic = base64.b64encode(pair.encode()).decode()
+        accepted = (f"Bearer {self.options.token}", f"Basic {basic}")
+        return request.headers.get("authorization") in accepted
+
+    def _api(self, request: Request, fault: Fault) -> JSON | Reply:
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            return Reply(415)
+        if request.size > self.limit("maxSizeRequest"):
+            raise ProblemError("limit", limit="maxSizeRequest")
+        if self._busy > self.limit("maxConcurrentRequests"):
+            raise ProblemError("limit", limit="maxConcurrentRequests")
+        if request.json is None:
+            raise ProblemError("notJSON", "the body is no JSON")
+        return Run(self, request.json, fault).answer()
+
+    def _event_source(self, request: Request) -> Reply:
+        if self.options.push != 200:
+            return Reply(self.options.push or 404)
+        accepted = request.headers.get("accept", "*/*")
+        if "text/event-stream" not in accepted and "*/*" not in accepted:
+            return Reply(406)
+        return Stream(self, request).reply()

@@ -1,0 +1,109 @@
+"""The real servers that other tests lean on start, answer, keep apart and leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cyrus_server
+import pytest
+from cyrus_server import CyrusServer, CyrusUnavailableError
+from radicale_server import RadicaleServer, RadicaleUnavailableError
+
+CARD = (
+    "BEGIN:VCARD\r\nVERSION:3.0\r\nUID:5f6b2c1e-0000-4000-8000-000000000001\r\n"
+    "FN:Bob\r\nN:;Bob;;;\r\nEMAIL:bob@shop.example\r\nEND:VCARD\r\n"
+)
+
+
+@pytest.mark.cyrus
+def test_cyrus_serves_jmap_mail_and_carddav() -> None:
+    with CyrusServer() as cyrus:
+        alice = cyrus.add_user("alice")
+        alice.create_mailboxes(["Screener", "@ToFeed", "Lists", "Lists/Python"])
+        alice.deliver("Bob <bob@shop.example>", mailbox="Screener", subject="Sale")
+        alice.deliver_lmtp("carol@shop.example", subject="Invoice")
+        alice.deliver(None, mailbox="Lists/Python", subject="No sender")
+        assert set(alice.mailbox_ids()) >= {"Inbox", "Screener", "@ToFeed", "Lists/Python"}
+        assert alice.mails() == {
+            "Sale": {"Screener"},
+            "Invoice": {"Inbox"},
+            "No sender": {"Lists/Python"},
+        }
+        url = f"{alice.addressbook_url}bob.vcf"
+        auth = (alice.username, alice.password)
+        headers = {"Content-Type": "text/vcard"}
+        assert alice.http.put(url, CARD, auth=auth, headers=headers).status_code == 201
+        assert alice.http.get(url, auth=auth).text == CARD
+        home = cyrus.home
+    assert not home.exists()
+
+
+@pytest.mark.cyrus
+def test_two_cyrus_run_at_once_and_do_not_share_anything() -> None:
+    with CyrusServer() as one, CyrusServer(full_usernames=True) as other:
+        alice, other_alice = one.add_user("alice"), other.add_user("alice")
+        alice.deliver("bob@shop.example", subject="Only here")
+        assert (alice.username, other_alice.username) == ("alice", "alice@mailroom.example")
+        assert (set(alice.mails()), set(other_alice.mails())) == ({"Only here"}, set())
+        assert alice.http.get(other_alice.jmap_url).status_code == 401
+
+
+@pytest.mark.cyrus
+@pytest.mark.parametrize("search", [False, True])
+def test_cyrus_finds_senders_only_with_the_search_index(search: bool) -> None:
+    with CyrusServer(search=search) as cyrus:
+        alice = cyrus.add_user("alice")
+        alice.deliver("bob@shop.example", subject="Sale")
+        if search:
+            alice.wait_until_indexed("bob@shop.example", 1)
+        [[name, answer, _]] = alice.jmap(
+            [["Email/query", {"filter": {"from": "bob@shop.example"}}, "0"]]
+        )
+        assert (name, len(answer.get("ids", []))) == (
+            ("Email/query", 1) if search else ("error", 0)
+        )
+
+
+def test_a_missing_cyrus_is_an_error_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cyrus_server, "MASTER", tmp_path / "nowhere")
+    with pytest.raises(CyrusUnavailableError, match=r"apt-get install .*cyrus-imapd"):
+        CyrusServer().__enter__()
+
+
+@pytest.mark.cyrus
+def test_a_cyrus_that_does_not_start_fails_at_once_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad = cyrus_server.IMAPD_CONF.replace("conversations: 1", "conversations: perhaps")
+    monkeypatch.setattr(cyrus_server, "IMAPD_CONF", bad)
+    cyrus = CyrusServer()
+    with pytest.raises(CyrusUnavailableError, match=r"did not come up.*master status 78"):
+        cyrus.__enter__()
+    assert not cyrus.home.exists()
+
+
+def test_radicale_keeps_cards() -> None:
+    with RadicaleServer() as radicale:
+        radicale.put("bob.vcf", CARD)
+        cards = radicale.cards()
+        assert list(cards) == ["/alice/contacts/bob.vcf"]
+        assert b"EMAIL:bob@shop.example\r\n" in cards["/alice/contacts/bob.vcf"]
+        assert radicale.http.get(radicale.url, auth=("alice", "wrong")).status_code == 401
+        radicale.delete("bob.vcf")
+        assert radicale.cards() == {}
+        home = radicale.home
+    assert not home.exists()
+
+
+def test_two_radicale_run_at_once() -> None:
+    with RadicaleServer() as one, RadicaleServer(username="carol") as other:
+        one.put("bob.vcf", CARD)
+        assert (len(one.cards()), len(other.cards())) == (1, 0)
+
+
+def test_a_radicale_that_does_not_start_shows_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radicale_server.CONFIG", "[nonsense]\nkey = 1\n")
+    with pytest.raises(RadicaleUnavailableError, match=r"did not come up[\s\S]*nonsense"):
+        RadicaleServer().__enter__()
