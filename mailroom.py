@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["environs>=14", "gevent>=24.10", "requests>=2.32", "sseclient-py>=1.8"]
+# dependencies = ["environs>=14.2", "gevent>=24.10", "requests>=2.32", "sseclient-py>=1.8"]
 # ///
 """Mailroom: one tap of a label triages a whole sender.
 
