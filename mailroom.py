@@ -44,6 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
+from itertools import combinations
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
@@ -105,6 +106,38 @@ class ShuttingDown(MailroomError):  # noqa: N818  (a reason to stop, not an erro
 # ------------------------------------------------------------------------------------------------
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _name(value: Any) -> bool:
+    return _text(value) and bool(value.strip())
+
+
+def _token(value: Any) -> bool:
+    return _name(value) and value.isascii() and " " not in value
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: not isinstance(value, bool) and low <= value <= high
+
+
+def _one_of(*words: Any) -> Callable[[Any], bool]:
+    return lambda value: value in words
+
+
+def is_safe_url(url: Any) -> bool:
+    """Whether a secret may be sent there: https, or plain http to a loopback address."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if parts.scheme != "http":
+            return parts.scheme == "https" and bool(host)
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except (ValueError, AttributeError):
+        return False
+
+
 @dataclass(frozen=True)
 class Category:
     """One way to triage a sender. Names are those the user sees; `parent` is a category's name."""
@@ -129,36 +162,47 @@ DEFAULT_CATEGORIES: list[Any] = [
 ]
 
 
+# {key: (whether a value is accepted, what is)}
+CATEGORY_KEYS = {
+    "name": (_name, "a name"),
+    "label": (_name, "a name"),
+    "contact_group": (_name, "a name"),
+    "destination_mailbox": (_name, "a name"),
+    "parent": (_text, "the name of a category"),
+    "contact_type": (_one_of("company", "person"), "company or person"),
+    "add_to_inbox": (_one_of(True, False), "true or false"),
+}
+UNKNOWN_KEY = (_one_of(), "one of " + ", ".join(CATEGORY_KEYS))
+
+
 def parse_category(entry: Any) -> Category:
     """A category from an entry of the list: a name or an object. Raises ConfigurationError."""
     given = {"name": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, dict):
-        raise ConfigurationError(f"{entry!r} is neither a name nor an object")
-    name = given.get("name")
-    if not isinstance(name, str) or not name.strip():
-        raise ConfigurationError(f"{entry!r} has no name")
-    defaults = {"label": "@To" + "".join(name.split()), "contact_group": name}
-    values = {**defaults, "destination_mailbox": name, **given}
-    problems = [
-        f"{name}: {key}={value!r} is not {accepted}"
-        for key, value in given.items()
-        if (accepted := _category_wants(key, value))
-    ]
+    if not isinstance(given, dict) or "name" not in given:
+        raise ConfigurationError(f"{entry!r} is neither a name nor an object with a name")
+    name, problems = given["name"], []
+    for key, value in given.items():
+        fits, accepts = CATEGORY_KEYS.get(key, UNKNOWN_KEY)
+        if not fits(value):
+            problems.append(f"{name!r}: {key}={value!r} is not {accepts}")
     if problems:
         raise ConfigurationError(*problems)
-    return Category(**values)
+    label = "@To" + "".join(name.split())
+    names = {"label": label, "contact_group": name, "destination_mailbox": name}
+    return Category(**{**names, **given})
 
 
-def _category_wants(key: str, value: Any) -> str:
-    """What a category accepts for `key`, or nothing when `value` is that."""
-    if key not in Category.__dataclass_fields__:
-        return f"a known key ({', '.join(Category.__dataclass_fields__)})"
-    if key == "add_to_inbox":
-        return "" if isinstance(value, bool) else "true or false"
-    if key == "contact_type":
-        return "" if value in ("company", "person") else '"company" or "person"'
-    good = isinstance(value, str) and (value.strip() or key == "parent")
-    return "" if good else "a text with something in it"
+def parse_categories(entries: list[Any]) -> tuple[Category, ...]:
+    """The categories of the list. Raises ConfigurationError with all that is wrong in it."""
+    categories, problems = [], []
+    for entry in entries:
+        try:
+            categories.append(parse_category(entry))
+        except ConfigurationError as error:
+            problems += [f"MAILROOM_TRIAGE_CATEGORIES: {line}" for line in error.problems]
+    if problems:
+        raise ConfigurationError(*problems)
+    return tuple(categories)
 
 
 def ancestors(category: Category, categories: Iterable[Category]) -> list[Category]:
@@ -192,12 +236,11 @@ def category_problems(categories: Sequence[Category], reserved: Iterable[str]) -
                 yield f"{each.name}: {used} is the name of something else of Mailroom's"
         if each.label.casefold() in destinations | {"inbox"}:
             yield f"{each.name}: the label {each.label} is also a destination"
-    for i, one in enumerate(categories):
-        for other in categories[i + 1 :]:
-            family = [*ancestors(one, categories), *ancestors(other, categories)]
-            same = one.contact_group.casefold() == other.contact_group.casefold()
-            if same and one.name != other.name and one not in family and other not in family:
-                yield f"{one.name} and {other.name} share the group {one.contact_group}"
+    for one, other in combinations(categories, 2):
+        related = one in ancestors(other, categories) or other in ancestors(one, categories)
+        same = one.contact_group.casefold() == other.contact_group.casefold()
+        if same and one.name != other.name and not related:
+            yield f"{one.name} and {other.name} share the group {one.contact_group}"
 
 
 class Setting(NamedTuple):
@@ -211,95 +254,47 @@ class Setting(NamedTuple):
     secret: bool = False
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
-
-
-def _name(value: Any) -> bool:
-    return _text(value) and bool(value.strip())
-
-
-def _token(value: Any) -> bool:
-    return _name(value) and value.isascii() and " " not in value
-
-
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: not isinstance(value, bool) and low <= value <= high
-
-
-def _one_of(*words: Any) -> Callable[[Any], bool]:
-    return lambda value: value in words
-
-
-def _list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _default_log_format() -> str:
+def default_log_format() -> str:
+    """For people on a terminal, for programs elsewhere."""
     return "text" if sys.stderr.isatty() else "json"
 
 
-def is_safe_url(url: Any) -> bool:
-    """Whether a secret may be sent there: https, or plain http to a loopback address."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        if parts.scheme != "http":
-            return parts.scheme == "https" and bool(host)
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except (ValueError, AttributeError):
-        return False
-
-
 SAFE_URL = "an https:// address (http:// only to this machine itself)"
-_MAILBOX = "the name of a mailbox"
-SETTINGS = {
-    "jmap_token": Setting("str", ..., "an API token, or in ..._FILE its file", _token, True),
-    "jmap_url": Setting("str", "https://api.fastmail.com/jmap/session", SAFE_URL, is_safe_url),
-    "jmap_username": Setting("str", "", "a user name", _text),
-    "carddav_username": Setting("str", "", "a user name", _text),
-    "carddav_password": Setting("str", "", "a password, or in ..._FILE its file", _text, True),
-    "carddav_url": Setting("str", "https://carddav.fastmail.com", SAFE_URL, is_safe_url),
-    "poll_interval": Setting("int", 60, "whole seconds, 1 to 86400", _number(1, 86400)),
-    "debounce_seconds": Setting("float", 3.0, "seconds, 0 to 600", _number(0, 600)),
-    "log_level": Setting("str", "info", "debug, info, warning or error", _one_of(*LEVELS)),
-    "log_format": Setting("str", _default_log_format, "json or text", _one_of("json", "text")),
-    "screener_mailbox": Setting("str", "Screener", _MAILBOX, _name),
-    "label_mailroom_error": Setting("str", "@MailroomError", _MAILBOX, _name),
-    "label_mailroom_warning": Setting("str", "@MailroomWarning", _MAILBOX, _name),
-    "warnings_enabled": Setting("bool", True, "true or false", _one_of(True, False)),
-    "provenance_group": Setting("str", "Mailroom", "the name of a contact group", _name),
-    "triage_categories": Setting("json", DEFAULT_CATEGORIES, "a JSON list of categories", _list),
-    "health_host": Setting("str", "127.0.0.1", "an address to listen on", _name),
-    "health_port": Setting("int", 8080, "a port, 1 to 65535, or 0 for none", _number(0, 65535)),
-}
+MAILBOX = "the name of a mailbox"
+
+
+def setting(*row: Any) -> Any:
+    """A row of the table, where the type checker sees the setting's value."""
+    return Setting(*row)
 
 
 class MailroomSettings:
     """The settings, read from the environment when constructed; keyword arguments override it.
 
-    An environment variable that is empty counts as not set. Raises ConfigurationError with a line
-    for every bad setting, and TypeError for a keyword that is no setting.
+    Each is the variable `MAILROOM_` and its name in upper case; empty counts as not set. Raises
+    ConfigurationError with a line for every bad setting, TypeError for a keyword that is none.
     """
 
-    jmap_token: str
-    jmap_url: str
-    jmap_username: str
-    carddav_username: str
-    carddav_password: str
-    carddav_url: str
-    poll_interval: int
-    debounce_seconds: float
-    log_level: str
-    log_format: str
-    screener_mailbox: str
-    label_mailroom_error: str
-    label_mailroom_warning: str
-    warnings_enabled: bool
-    provenance_group: str
-    triage_categories: tuple[Category, ...]
-    health_host: str
-    health_port: int
+    jmap_token: str = setting("str", ..., "an API token, or in ..._FILE its file", _token, True)
+    jmap_url: str = setting("str", "https://api.fastmail.com/jmap/session", SAFE_URL, is_safe_url)
+    jmap_username: str = setting("str", "", "a user name", _text)
+    carddav_username: str = setting("str", "", "a user name", _text)
+    carddav_password: str = setting("str", "", "a password, or in ..._FILE its file", _text, True)
+    carddav_url: str = setting("str", "https://carddav.fastmail.com", SAFE_URL, is_safe_url)
+    poll_interval: int = setting("int", 60, "whole seconds, 1 to 86400", _number(0.01, 86400))
+    debounce_seconds: float = setting("float", 3.0, "seconds, 0 to 600", _number(0, 600))
+    log_level: str = setting("str", "info", f"one of {', '.join(LEVELS)}", _one_of(*LEVELS))
+    log_format: str = setting("str", default_log_format, "json or text", _one_of("json", "text"))
+    screener_mailbox: str = setting("str", "Screener", MAILBOX, _name)
+    label_mailroom_error: str = setting("str", "@MailroomError", MAILBOX, _name)
+    label_mailroom_warning: str = setting("str", "@MailroomWarning", MAILBOX, _name)
+    warnings_enabled: bool = setting("bool", True, "true or false", _one_of(True, False))
+    provenance_group: str = setting("str", "Mailroom", "the name of a contact group", _name)
+    triage_categories: tuple[Category, ...] = setting(
+        "json", DEFAULT_CATEGORIES, "a JSON list of categories", lambda value: type(value) is list
+    )
+    health_host: str = setting("str", "127.0.0.1", "an address to listen on", _name)
+    health_port: int = setting("int", 8080, "a port, or 0 for none", _number(0, 65535))
 
     def __init__(self, **overrides: Any) -> None:
         if unknown := overrides.keys() - SETTINGS.keys():
@@ -310,23 +305,19 @@ class MailroomSettings:
                 setattr(self, name, read_setting(name, overrides))
             except ConfigurationError as error:
                 problems += error.problems
-        if not problems:
-            problems += self._check_together()
-        if problems:
+        if problems := problems or list(self._check_together()):
             raise ConfigurationError(*problems)
 
     def _check_together(self) -> Iterator[str]:
         if self.carddav_username and not self.carddav_password:
             yield "MAILROOM_CARDDAV_PASSWORD is not set: MAILROOM_CARDDAV_USERNAME needs it"
-        reserved = [self.screener_mailbox, self.label_mailroom_error, self.label_mailroom_warning]
+        own = ("screener_mailbox", "label_mailroom_error", "label_mailroom_warning")
+        reserved = [getattr(self, name) for name in own]
         if len({name.casefold() for name in reserved}) < len(reserved):
-            yield (
-                f"MAILROOM_SCREENER_MAILBOX={reserved[0]!r}, MAILROOM_LABEL_MAILROOM_ERROR="
-                f"{reserved[1]!r} and MAILROOM_LABEL_MAILROOM_WARNING={reserved[2]!r} have to differ"
-            )
-        for problem in category_problems(
-            self.triage_categories, [*reserved, self.provenance_group]
-        ):
+            shown = (f"MAILROOM_{name.upper()}={getattr(self, name)!r}" for name in own)
+            yield f"{', '.join(shown)}: give each a name of its own"
+        reserved.append(self.provenance_group)
+        for problem in category_problems(self.triage_categories, reserved):
             yield f"MAILROOM_TRIAGE_CATEGORIES: {problem}"
 
     def __repr__(self) -> str:
@@ -335,9 +326,12 @@ class MailroomSettings:
 
     def redact(self, text: str) -> str:
         """The text with every secret in it blotted out."""
-        for secret in (self.jmap_token, self.carddav_password):
-            text = text.replace(secret, "[secret]") if secret else text
+        for secret in filter(None, (self.jmap_token, self.carddav_password)):
+            text = text.replace(secret, "[secret]")
         return text
+
+
+SETTINGS = {n: row for n, row in vars(MailroomSettings).items() if isinstance(row, Setting)}
 
 
 def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
@@ -347,8 +341,14 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
     accepted.
     """
     variable, row = f"MAILROOM_{name.upper()}", SETTINGS[name]
+    env = FileAwareEnv(strip_whitespace=True) if row.secret else Env()
     try:
-        value = overrides[name] if name in overrides else _from_environment(variable, row)
+        if name in overrides:
+            value = overrides[name]
+        elif env.str(variable, ""):
+            value = getattr(env, row.parser)(variable)
+        else:
+            value = row.default() if callable(row.default) else row.default
         if row.fits(value):
             return parse_categories(value) if name == "triage_categories" else value
     except (ValueError, TypeError):  # environs' errors are ValueErrors
@@ -356,26 +356,6 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
     source = os.environ.get(f"{variable}_FILE")
     shown = (f" (in the file {source!r})" if source else "") if row.secret else f"={value!r}"
     raise ConfigurationError(f"{variable}{shown}: give {row.accepts}")
-
-
-def _from_environment(variable: str, row: Setting) -> Any:
-    env = FileAwareEnv(strip_whitespace=True) if row.secret else Env()
-    if not env.str(variable, ""):
-        return row.default() if callable(row.default) else row.default
-    return getattr(env, row.parser)(variable)
-
-
-def parse_categories(entries: list[Any]) -> tuple[Category, ...]:
-    """The categories of the JSON list; raises ConfigurationError with all that is wrong in it."""
-    categories, problems = [], []
-    for entry in entries:
-        try:
-            categories.append(parse_category(entry))
-        except ConfigurationError as error:
-            problems += [f"MAILROOM_TRIAGE_CATEGORIES: {line}" for line in error.problems]
-    if problems:
-        raise ConfigurationError(*problems)
-    return tuple(categories)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -724,12 +704,15 @@ class Reply(NamedTuple):
 
 class HTTPClient:
     """Requests that carry the credentials to those they are meant for, and to no one else.
-    `stopping` is asked before each request."""
+    `stopping` is asked before each request; `remedy` is what to do when they are refused."""
 
-    def __init__(self, auth: AuthBase, stopping: Callable[[], bool] = bool) -> None:
+    def __init__(
+        self, auth: AuthBase, stopping: Callable[[], bool] = bool, remedy: str = ""
+    ) -> None:
         self.count = 0
         self._auth = auth
         self._stopping = stopping
+        self._remedy = remedy
         self._session = requests.Session()
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
 
@@ -788,15 +771,15 @@ class HTTPClient:
                 response.status_code, response.headers, read_bounded(response), response.url
             )
         if reply.status not in accept:
-            raise refusal(reply)
+            raise refusal(reply, self._remedy)
         return reply
 
 
-def refusal(reply: Reply) -> MailroomError:
+def refusal(reply: Reply, remedy: str) -> MailroomError:
     """What an unwanted reply means."""
     said = f"{reply.url} answers HTTP {reply.status}{problem_detail(reply.body)}"
     if reply.status in (401, 403):
-        return ConfigurationError(f"{said}: the credentials are not accepted")
+        return ConfigurationError(f"{said}: the credentials are refused. {remedy}".rstrip())
     busy = reply.status in (429, 503)
     return ServerError(said, answered=not busy, retry_after=retry_after(reply.headers))
 
@@ -872,6 +855,12 @@ SUBMISSION = "urn:ietf:params:jmap:submission"
 MAX_PAGE = 4096
 SESSION_URLS = ("apiUrl", "eventSourceUrl")
 NAME_PARTS = ("given", "given2", "surname")
+JMAP_REMEDY = (
+    "Make a token with the scopes Mail and Contacts (at Fastmail: Settings - Privacy & Security - "
+    "Manage API tokens) and put it into MAILROOM_JMAP_TOKEN"
+)
+# What decoding raises when it meets another shape (SyntaxError: ElementTree's).
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError, SyntaxError)
 # What a server takes at once (RFC 8620 section 2) if it does not say.
 DEFAULT_LIMITS = {
     "maxSizeRequest": 10_000_000,
@@ -930,20 +919,19 @@ def in_any(mailboxes: Iterable[str]) -> JSON:
     return any_of({"inMailbox": box} for box in sorted(mailboxes))
 
 
-def chunks(items: Mapping[str, Any], limits: Mapping[str, int]) -> Iterator[JSON]:
-    """The items in portions that fit one Foo/set call each."""
-    portion: JSON = {}
-    size = 0
-    for key, value in items.items():
-        cost = len(json.dumps([key, value]))
-        full = (
-            len(portion) >= limits["maxObjectsInSet"] or size + cost > limits["maxSizeRequest"] // 2
-        )
-        if portion and full:
+def packed(
+    items: Iterable[T], weigh: Callable[[T], int], most: int, most_bytes: int
+) -> Iterator[list[T]]:
+    """The items in portions that stay within a weight and a size as JSON, as far as they can."""
+    portion: list[T] = []
+    weight, size = 0, 0
+    for item in items:
+        octets = len(json.dumps(item)) + 200
+        if portion and (weight + weigh(item) > most or size + octets > most_bytes):
             yield portion
-            portion, size = {}, 0
-        portion[key] = value
-        size += cost
+            portion, weight, size = [], 0, 0
+        portion.append(item)
+        weight, size = weight + weigh(item), size + octets
     if portion:
         yield portion
 
@@ -953,14 +941,7 @@ def understood(url: str) -> Iterator[None]:
     """While a reply is decoded: one that is not of the shape it should be is a ServerError."""
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        RecursionError,
-        SyntaxError,
-    ) as error:
+    except MALFORMED as error:
         said = f"{type(error).__name__} {error}"[:200]
         raise ServerError(f"{url} sends a reply that cannot be understood ({said})") from None
 
@@ -985,7 +966,7 @@ class JMAPClient:
         stopping: Callable[[], bool] = bool,
     ) -> None:
         self.session_url = session_url(hostname)
-        self.http = HTTPClient(credentials(token, username), stopping)
+        self.http = HTTPClient(credentials(token, username), stopping, JMAP_REMEDY)
         self.limits = DEFAULT_LIMITS
         self.stale = True
         self._session: JSON = {}
@@ -1008,10 +989,8 @@ class JMAPClient:
             }
             if not session["primaryAccounts"].get(MAIL):
                 raise ConfigurationError(f"{reply.url}: the token gives no access to mail")
-            if not (
-                limits["maxCallsInRequest"] >= 4 and min(limits.values()) > 0 and "apiUrl" in urls
-            ):
-                raise ValueError("no apiUrl, or limits too low to work with")
+            if "apiUrl" not in urls or min(limits.values()) < 1:
+                raise ValueError("no apiUrl, or limits below 1")
         if unsafe := [url for url in urls.values() if not is_safe_url(url)]:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
         self._session, self._urls, self.limits, self.stale = session, urls, limits, False
@@ -1037,110 +1016,80 @@ class JMAPClient:
     def own_addresses(self) -> frozenset[str]:
         """The user's own addresses, as far as the session tells, in lower case."""
         own = {str(self._session.get("username") or "")}
-        if self.offers(SUBMISSION):
+        if self.account(SUBMISSION):
             [[answer]] = self.send([[("Identity/get", {"ids": None})]])
             identities = [] if isinstance(answer, MethodError) else answer.get("list") or []
             own |= {str(identity.get("email")) for identity in identities}
         return frozenset(address.lower() for address in own)
 
-    def offers(self, capability: str) -> bool:
-        """Whether the session has an account for the capability."""
-        return bool(self._session["primaryAccounts"].get(capability))
-
-    def is_read_only(self, capability: str) -> bool:
-        accounts = self._session.get("accounts") or {}
-        account = accounts.get(self._session["primaryAccounts"].get(capability)) or {}
-        return bool(account.get("isReadOnly"))
+    def account(self, capability: str) -> JSON:
+        """The session's account for a capability, with its id; empty where there is none."""
+        id_ = self._session["primaryAccounts"].get(capability)
+        return {**(self._session.get("accounts") or {}).get(id_, {}), "id": id_} if id_ else {}
 
     def send(self, groups: Sequence[Sequence[Call]]) -> list[list[Answer]]:
-        """The answers to groups of calls, in as few requests as the limits allow.
-
-        The calls of a group stay in one request and may refer to each other: `resultOf` in a
-        result reference (RFC 8620 section 3.7) is the number of a call in its group.
+        """The answers to groups of calls, in as few requests as the limits allow. The calls of a
+        group stay in one request: a result reference (RFC 8620 section 3.7) is to the call before.
         """
         answers: list[list[Answer]] = []
-        for batch in self._batches(groups):
-            calls = [
-                numbered_call(call, number, n)
-                for number, group in enumerate(batch)
-                for n, call in enumerate(group)
-            ]
-            flat = iter(self._post(calls))
+        calls, octets = self.limits["maxCallsInRequest"], self.limits["maxSizeRequest"]
+        for batch in packed(groups, len, calls, octets):
+            flat = iter(self._post([call for group in batch for call in group]))
             answers += [[next(flat) for _ in group] for group in batch]
         return answers
 
-    def _batches(self, groups: Sequence[Sequence[Call]]) -> Iterator[list[Sequence[Call]]]:
-        batch: list[Sequence[Call]] = []
-        calls, size = 0, 0
-        for group in groups:
-            cost = len(json.dumps(group)) + 200 * len(group)
-            full = calls + len(group) > self.limits["maxCallsInRequest"]
-            if batch and (full or size + cost > self.limits["maxSizeRequest"]):
-                yield batch
-                batch, calls, size = [], 0, 0
-            batch.append(group)
-            calls, size = calls + len(group), size + cost
-        if batch:
-            yield batch
+    def portions(self, items: Mapping[str, Any]) -> Iterator[JSON]:
+        """The items in portions that fit one Foo/set call each."""
+        most, octets = self.limits["maxObjectsInSet"], self.limits["maxSizeRequest"] // 2
+        return (dict(portion) for portion in packed(items.items(), lambda item: 1, most, octets))
 
-    def _post(self, calls: Sequence[tuple[str, JSON, str]]) -> list[Answer]:
+    def _post(self, calls: Sequence[Call]) -> list[Answer]:
         """One API request (RFC 8620 section 3.3); an answer for each call, in their order."""
-        body = {
-            "using": sorted({CORE, *(capability_of(method) for method, _, _ in calls)}),
-            "methodCalls": [
-                [method, {"accountId": self._account_for(method), **arguments}, call_id]
-                for method, arguments, call_id in calls
-            ],
-        }
+        numbered = []
+        for n, (method, arguments) in enumerate(calls):
+            before = {"resultOf": str(n - 1)}
+            referring = {key: {**arguments[key], **before} for key in arguments if key[0] == "#"}
+            account_id = self.account(capability_of(method))["id"]
+            numbered.append([method, {"accountId": account_id, **arguments, **referring}, str(n)])
+        using = sorted({CORE, *(capability_of(method) for method, _ in calls)})
+        body = json.dumps({"using": using, "methodCalls": numbered}).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        reply = self.http.request("POST", self._urls["apiUrl"], headers, json.dumps(body).encode())
+        reply = self.http.request("POST", self._urls["apiUrl"], headers, body)
         with understood(reply.url):
             decoded = json.loads(reply.body)
-            self._notice(str(decoded.get("sessionState", "")))
+            state = str(decoded.get("sessionState", ""))
+            self.stale, self._state_seen = self.stale or state != self._state_seen, state
             said = {
-                call_id: (name, dict(answer))
-                for name, answer, call_id in decoded["methodResponses"]
+                call_id: (name, {**answer}) for name, answer, call_id in decoded["methodResponses"]
             }
-            return [
-                MethodError(method, said[call_id][1])
-                if said[call_id][0] == "error"
-                else said[call_id][1]
-                for method, _, call_id in calls
-            ]
-
-    def _account_for(self, method: str) -> str:
-        return str(self._session["primaryAccounts"][capability_of(method)])
-
-    def _notice(self, session_state: str) -> None:
-        """A session that has changed since the last reply is to be fetched again."""
-        self.stale = self.stale or session_state != self._state_seen
-        self._state_seen = session_state
+            answers = [said[str(n)] for n in range(len(calls))]
+        return [
+            MethodError(method, answer) if name == "error" else answer
+            for (method, _), (name, answer) in zip(calls, answers, strict=True)
+        ]
 
     def fetch(
         self, queries: Sequence[Query], first: Sequence[Call] = ()
     ) -> tuple[list[JSON], list[Found]]:
         """The answers to the `first` calls, and for each query the values of all that it finds, or
         its error. All of it goes into one request, and one more for each further page."""
-        answers: list[JSON] = []
-        found: list[list[Any]] = [[] for _ in queries]
-        failed: dict[int, MethodError] = {}
-        starts = dict.fromkeys(range(len(queries)), 0)
-        while first or starts:
-            pages = [self._page(queries[i], start) for i, start in starts.items()]
-            replies = self.send([[call] for call in first] + pages)
-            answers += [expect(reply[0]) for reply in replies[: len(first)]]
-            following = {}
-            for (i, start), reply in zip(starts.items(), replies[len(first) :], strict=True):
-                try:
-                    values, next_start = read_page(queries[i], start, reply)
-                except MethodError as error:
-                    failed[i] = error
-                    continue
-                found[i] += values
-                if next_start:
-                    following[i] = next_start
-            first, starts = (), following
-        return answers, [failed.get(i, values) for i, values in enumerate(found)]
+        pages = [self._page(query, 0) for query in queries]
+        replies = self.send([[call] for call in first] + pages)
+        answers = [expect(reply[0]) for reply in replies[: len(first)]]
+        return answers, list(map(self._all_pages, queries, replies[len(first) :]))
+
+    def _all_pages(self, query: Query, reply: Sequence[Answer]) -> Found:
+        values: list[Any] = []
+        start = 0
+        try:
+            while True:
+                page, start = read_page(query, start, reply)
+                values += page
+                if not start:
+                    return values
+                [reply] = self.send([self._page(query, start)])
+        except MethodError as error:
+            return error
 
     def _page(self, query: Query, start: int) -> list[Call]:
         most = min(self.limits["maxObjectsInGet"], MAX_PAGE)
@@ -1148,7 +1097,7 @@ class JMAPClient:
         asked = {"filter": query.filter, "position": start, "limit": limit, "calculateTotal": True}
         if query.type == "Email":
             asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
-        ids = {"resultOf": 0, "name": f"{query.type}/query", "path": "/ids"}
+        ids = {"name": f"{query.type}/query", "path": "/ids"}
         return [
             (f"{query.type}/query", asked),
             (f"{query.type}/get", {"#ids": ids, "properties": list(query.properties)}),
@@ -1159,15 +1108,6 @@ def capability_of(method: str) -> str:
     """The capability that a method belongs to."""
     owners = {"AddressBook": CONTACTS, "ContactCard": CONTACTS, "Identity": SUBMISSION}
     return owners.get(method.partition("/")[0], MAIL)
-
-
-def numbered_call(call: Call, group: int, n: int) -> tuple[str, JSON, str]:
-    """A call with its id, and the result references within its group pointed there."""
-    arguments = {
-        key: {**value, "resultOf": f"{group}.{value['resultOf']}"} if key.startswith("#") else value
-        for key, value in call[1].items()
-    }
-    return call[0], arguments, f"{group}.{n}"
 
 
 def read_page(query: Query, start: int, reply: Sequence[Answer]) -> tuple[list[Any], int]:
@@ -1230,9 +1170,9 @@ class JMAPContacts:
 
     def prepare(self) -> None:
         """Find the default address book."""
-        if not self._client.offers(CONTACTS):
+        if not self._client.account(CONTACTS):
             raise ConfigurationError(NO_CONTACTS)
-        if self._client.is_read_only(CONTACTS):
+        if self._client.account(CONTACTS).get("isReadOnly"):
             raise ConfigurationError("the token may not write contacts: it needs that scope")
         [[answer]] = self._client.send([[("AddressBook/get", {"ids": None})]])
         with understood("AddressBook/get"):
@@ -1264,7 +1204,7 @@ class JMAPContacts:
         has written since the cards were read, nothing is done (RFC 8620 section 5.3)."""
         refused: dict[str, str] = {}
         entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
-        for portion in chunks(entries, self._client.limits):
+        for portion in self._client.portions(entries):
             arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}}
             for verb, key, value in portion.values():
                 arguments[verb][key] = value
@@ -1499,6 +1439,9 @@ DAV_TYPE = "application/xml; charset=utf-8"
 LISTED = ("UID", "FN", "N", "ORG", "EMAIL", "NOTE", "KIND", "MEMBER", APPLE_KIND, APPLE_MEMBER)
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
 EDIT_ATTEMPTS = 4
+CARDDAV_REMEDY = (
+    "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password)"
+)
 VERSION_4_QUERY = (
     "<D:prop><D:getetag/></D:prop>",
     '<C:filter><C:prop-filter name="VERSION">',
@@ -1538,7 +1481,7 @@ class CardDAVContacts:
     """Contacts in the address books of a CardDAV account."""
 
     def __init__(self, url: str, auth: AuthBase, stopping: Callable[[], bool]) -> None:
-        self._http = HTTPClient(auth, stopping)
+        self._http = HTTPClient(auth, stopping, CARDDAV_REMEDY)
         self._url = url
         self._books: dict[str, bool] = {}
         self._version_4: set[str] = set()
@@ -1717,6 +1660,7 @@ MAX_DELAY = 60.0
 PROVEN_SECONDS = 60.0
 ANSWER_TIMEOUT = 30.0
 MAX_EVENT_CHARACTERS = 2**16
+MAX_EVENTS_KEPT = 100
 
 
 class StreamEnd(MailroomError):  # noqa: N818  (streams end: that is no error in itself)
@@ -1748,15 +1692,6 @@ class StreamStatus:
         self.last_error = reason if level > logging.DEBUG else self.last_error
 
 
-class Event(Protocol):
-    """What sseclient makes of a block of the stream."""
-
-    id: str | None
-    event: str
-    data: str
-    retry: str | None
-
-
 def expand_event_source_url(url: str) -> str:
     """The URL to listen at: the template (RFC 8620 section 7.3) filled in, or where there is none
     the parameters appended."""
@@ -1768,7 +1703,7 @@ def expand_event_source_url(url: str) -> str:
 
 
 def backoff(attempt: int, first: float = FIRST_DELAY) -> float:
-    """The seconds to wait after failed attempt 0, 1, 2 ...: doubling from the first to MAX_DELAY."""
+    """The seconds to wait after failed attempt 0, 1, 2 ...: doubling from `first` to MAX_DELAY."""
     return min(first * 2.0 ** min(attempt, 16), MAX_DELAY)
 
 
@@ -1889,7 +1824,7 @@ class EventStream:
                 return
             yield chunk
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Any) -> None:
         if event.event in ("state", "ping"):
             self._heard = True
             self.status.last_event_at = now_iso()
@@ -2006,7 +1941,7 @@ class StateChain:
 
     def __init__(self) -> None:
         self._known: dict[str, list[Any]] = {}
-        self._events: list[str | None] = []
+        self._events: set[str | None] = set()
 
     def begin(self) -> None:
         """A cycle is about to read: what was reported before is covered by it."""
@@ -2026,14 +1961,16 @@ class StateChain:
     def connected(self) -> None:
         """Anything may have happened while no one listened, unless the server now says what the
         state is."""
-        self._events.append(None)
+        self._events.add(None)
 
     def reported(self, data: str) -> None:
-        self._events = [*filter(None, self._events), data]
+        """An event has come. Of too many the rest is simply news, as rubbish is."""
+        self._events.discard(None)
+        self._events.add(data if len(self._events) < MAX_EVENTS_KEPT else "")
 
     def has_news(self, account_id: str) -> bool:
         """Whether anything was reported since the last cycle began that it does not account for."""
-        events, self._events = self._events, []
+        events, self._events = self._events, set()
         return any(event is None or self._is_news(event, account_id) for event in events)
 
     def _is_news(self, data: str, account_id: str) -> bool:
@@ -2151,9 +2088,9 @@ class Triage:
         self._boxes: Boxes
 
     def connect(self) -> None:
-        """Look at the account. Raises ConfigurationError with all that it lacks, and ServerError."""
+        """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
         self._client.connect()
-        if self._client.is_read_only(MAIL):
+        if self._client.account(MAIL).get("isReadOnly"):
             raise ConfigurationError("the token may only read mail: make one that may write it")
         self._contacts.prepare()
         calls, questions = self._contacts.questions([])
@@ -2166,9 +2103,10 @@ class Triage:
         ):
             raise ConfigurationError(*missing)
         self._boxes = find_boxes(ids, self._settings)
-        self._own = self._client.own_addresses() | {
-            name.lower() for name in (self._settings.jmap_username, self._settings.carddav_username)
-        }
+        logins = {self._settings.jmap_username, self._settings.carddav_username}
+        self._own = self._client.own_addresses() | {name.lower() for name in logins}
+        labels = sorted(category.label for category in self._boxes.labels.values())
+        LOG.info("account ready", extra=fields(account=self._client.account_id, labels=labels))
 
     def run(self) -> dict[str, str]:
         """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
@@ -2216,14 +2154,10 @@ class Triage:
                 raise
             if len(names) == 1:
                 return {names[0]: str(error)}
-            halves = names[: len(names) // 2], names[len(names) // 2 :]
-            return {
-                sender: reason
-                for half in halves
-                for sender, reason in self._triage(
-                    {name: senders[name] for name in half}, queue
-                ).items()
-            }
+            failed = {}
+            for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+                failed |= self._triage({name: senders[name] for name in half}, queue)
+            return failed
         # A contact with several addresses may be asked for twice: the second time sees the first.
         later = {
             plan.sender: plan.category for plan in plans if plan is not first[plan.contact.uid]
@@ -2310,8 +2244,8 @@ class Triage:
 
     def _note_triaged(self, plan: SenderPlan) -> None:
         filed = sum(map(bool, plan.refile.values()))
-        self._counts["senders_triaged"] += 1
-        self._counts["mails_filed"] += filed
+        self._counts["senders_triaged_total"] += 1
+        self._counts["mails_filed_total"] += filed
         LOG.info(
             "sender triaged",
             extra=fields(
@@ -2355,7 +2289,7 @@ class Triage:
         that is no longer there has nothing left to be done."""
         refused: dict[str, str] = {}
         changes = {id_: patch for id_, patch in patches.items() if patch}
-        for portion in chunks(changes, self._client.limits):
+        for portion in self._client.portions(changes):
             calls: list[Call] = [MAILBOX_STATE, ("Email/set", {"update": portion}), MAILBOX_STATE]
             before, done, after = map(expect, self._client.send([calls])[0])
             self._chain.wrote("Mailbox", before.get("state"), after.get("state"))
@@ -2411,16 +2345,13 @@ def start_logging(settings: MailroomSettings) -> None:
     LOG.setLevel(settings.log_level.upper())
 
 
-COUNTERS = ("senders_triaged", "sender_failures", "mails_filed")
-
-
 class Health:
-    """What the service can say of itself; the service alone writes it."""
+    """What the service can say of itself; the service alone writes it. `counts` holds the samples
+    of the counters by their names without the prefix."""
 
     def __init__(self, poll_interval: float) -> None:
         self.stream = StreamStatus()
-        self.counts: Counter[str] = Counter()
-        self.cycles: Counter[tuple[str, str]] = Counter()
+        self.counts = Counter(senders_triaged_total=0, sender_failures_total=0, mails_filed_total=0)
         self.consecutive_failures = 0
         self.last_trigger: str | None = None
         self.last_success: float | None = None
@@ -2430,7 +2361,7 @@ class Health:
     def note_cycle(self, trigger: str, result: str) -> None:
         """A cycle has ended: a `success`; with `sender_failures`, where the account was read but
         not every sender triaged; or in a `failure`."""
-        self.cycles[trigger, result] += 1
+        self.counts[f'cycles_total{{trigger="{trigger}",result="{result}"}}'] += 1
         self.consecutive_failures = 0 if result == "success" else self.consecutive_failures + 1
         if result != "failure":
             self.last_success, self.last_trigger = time.monotonic(), trigger
@@ -2447,45 +2378,30 @@ class Health:
             "consecutive_failures": self.consecutive_failures,
             "eventsource": asdict(self.stream),
         }
-        return (
-            ("200 OK" if fresh else "503 Service Unavailable"),
-            "application/json",
-            json.dumps(body),
-        )
+        status = "200 OK" if fresh else "503 Service Unavailable"
+        return status, "application/json", json.dumps(body)
 
     def metrics(self) -> tuple[str, str, str]:
         """(status line, media type, body) for /metrics, in the Prometheus text format 0.0.4."""
-        samples: list[tuple[str, str, str, float]] = [
-            ("cycles_total", "counter", f'{{trigger="{trigger}",result="{result}"}}', count)
-            for (trigger, result), count in sorted(self.cycles.items())
-        ]
-        samples += [(f"{name}_total", "counter", "", self.counts[name]) for name in COUNTERS]
-        samples += [
-            ("consecutive_failures", "gauge", "", self.consecutive_failures),
-            ("eventsource_connected", "gauge", "", self.stream.status == "connected"),
-            ("eventsource_reconnects_total", "counter", "", self.stream.reconnect_count),
-        ]
-        if self.last_success is not None:
-            samples.append(
-                ("last_poll_age_seconds", "gauge", "", time.monotonic() - self.last_success)
-            )
-        lines = dict.fromkeys(
-            line
-            for name, kind, labels, value in samples
-            for line in (
-                f"# TYPE mailroom_{name} {kind}",
-                f"mailroom_{name}{labels} {float(value):g}",
-            )
-        )
+        gauges = {
+            "consecutive_failures": self.consecutive_failures,
+            "eventsource_connected": int(self.stream.status == "connected"),
+            "last_poll_age_seconds": time.monotonic() - (self.last_success or self._started),
+        }
+        counters = {**self.counts, "eventsource_reconnects_total": self.stream.reconnect_count}
+        lines: dict[str, None] = {}
+        for kind, samples in (("counter", counters), ("gauge", gauges)):
+            for name, value in sorted(samples.items()):
+                lines[f"# TYPE mailroom_{name.partition('{')[0]} {kind}"] = None
+                lines[f"mailroom_{name} {value:.16g}"] = None
         return "200 OK", "text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""])
 
     def __call__(self, environ: JSON, start_response: Callable[..., Any]) -> list[bytes]:
         """The WSGI application (PEP 3333)."""
         pages = {"/healthz": self.page, "/metrics": self.metrics}
         page = pages.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "GET" else None
-        status, media_type, body = (
-            page() if page else ("404 Not Found", "text/plain", "not found\n")
-        )
+        missing = ("404 Not Found", "text/plain", "not found\n")
+        status, media_type, body = page() if page else missing
         start_response(status, [("Content-Type", media_type)])
         return [body.encode()]
 
@@ -2556,7 +2472,7 @@ class Service:
             LOG.critical("a fault in the program", exc_info=True)
             return 1
         finally:
-            gevent.killall(self._greenlets)
+            gevent.killall(self._greenlets, timeout=1)
 
     def _spawn(self, run: Callable[[], object]) -> "gevent.Greenlet[..., Any]":
         greenlet = gevent.spawn(outcome, run)
@@ -2579,10 +2495,15 @@ class Service:
 
     def _listen(self) -> None:
         """Start to listen, once it is known where."""
-        url = self._client.event_source_url
-        if self._listening or not url:
+        if self._listening:
             return
-        self._listening = True
+        self._listening, url = True, self._client.event_source_url
+        if not url:
+            LOG.info(
+                "the server has no push: polling",
+                extra=fields(seconds=self._settings.poll_interval),
+            )
+            return
         self._spawn(
             lambda: sse_listener(
                 self._settings.jmap_token,
@@ -2620,7 +2541,7 @@ class Service:
                 break
             self.shutdown.wait(self._settings.debounce_seconds)
             drain_queue(self._queue)
-            if self._chain.has_news(self._client.account_id):
+            if not self.shutdown.is_set() and self._chain.has_news(self._client.account_id):
                 return "push"
         return "scheduled" if self.health.stream.status == "connected" else "fallback"
 
@@ -2636,11 +2557,11 @@ class Service:
         except MailroomError as error:
             if isinstance(error, ConfigurationError) and self.health.last_success is None:
                 raise
-            # What was read may not be done: every event is news until the next cycle has read.
+            # Nothing is taken for granted any more: neither the session nor what was read.
+            self._client.stale = True
             self._chain.begin()
-            return self._after(
-                trigger, "failure", {"": str(error)}, getattr(error, "retry_after", 0.0)
-            )
+            delay = getattr(error, "retry_after", 0.0)
+            return self._after(trigger, "failure", {"": str(error)}, delay)
         self._listen()
         return self._after(trigger, "sender_failures" if failed else "success", failed)
 
@@ -2651,7 +2572,7 @@ class Service:
         `failures`: {sender, or nothing for the whole cycle: why}."""
         before = self.health.consecutive_failures
         self.health.note_cycle(trigger, result)
-        self.health.counts["sender_failures"] += len(failures.keys() - {""})
+        self.health.counts["sender_failures_total"] += len(failures.keys() - {""})
         for sender, reason in failures.items():
             if self._told.get(sender) != reason:
                 text = "sender not triaged, the label stays" if sender else "cycle failed"
@@ -2678,7 +2599,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="mailroom.py",
         description="One tap of a label triages a whole sender. Settings are environment variables "
         "(MAILROOM_...), see the README.",
-        epilog="Exit status: 0 stopped as asked, 1 a fault in the program, 2 settings or credentials.",
+        epilog="Exit status: 0 stopped as asked, 1 a fault in the program, 2 settings, credentials "
+        "or an account that lacks something.",
     )
     parser.add_argument("--version", action="version", version=f"Mailroom {VERSION}")
     parser.parse_args(arguments)
