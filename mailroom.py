@@ -888,7 +888,7 @@ class Query(NamedTuple):
     of one that is not wanted; `newest`: only so many are looked at, by `receivedAt`."""
 
     type: str
-    filter: JSON
+    filter: JSON | None
     properties: Sequence[str]
     parse: Callable[[JSON], Any]
     newest: int = 0
@@ -1094,7 +1094,12 @@ class JMAPClient:
     def _page(self, query: Query, start: int) -> list[Call]:
         most = min(self.limits["maxObjectsInGet"], MAX_PAGE)
         limit = min(query.newest or most, most)
-        asked = {"filter": query.filter, "position": start, "limit": limit, "calculateTotal": True}
+        asked: JSON = {
+            "filter": query.filter,
+            "position": start,
+            "limit": limit,
+            "calculateTotal": True,
+        }
         if query.type == "Email":
             asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
         ids = {"name": f"{query.type}/query", "path": "/ids"}
@@ -1293,6 +1298,7 @@ def pointer(token: str) -> str:
 
 PROPERTY = re.compile(r'(?:[\w-]+\.)?([\w-]+)((?:;(?:[^:;"]|"[^"]*")*)*):(.*)', re.DOTALL)
 APPLE_KIND, APPLE_MEMBER = "X-ADDRESSBOOKSERVER-KIND", "X-ADDRESSBOOKSERVER-MEMBER"
+MEMBERS = ("MEMBER", APPLE_MEMBER)
 
 
 class Property(NamedTuple):
@@ -1346,7 +1352,7 @@ def vcard_fold(line: str, eol: str) -> str:
 
 def canonical_uid(value: str) -> str:
     """A uid as `urn:uuid:...`, which cards may leave out and members have."""
-    return "urn:uuid:" + value.strip().removeprefix("urn:uuid:")
+    return "urn:uuid:" + re.sub("^urn:uuid:", "", value.strip(), flags=re.IGNORECASE)
 
 
 def vcard_card(href: str, text: str, created: str) -> Card | None:
@@ -1407,7 +1413,7 @@ def edit_vcard(text: str, change: CardChange) -> str:
     if "END" not in names:
         raise ValueError("a vCard without an END")
     member = APPLE_MEMBER if APPLE_KIND in names else "MEMBER"
-    there = {canonical_uid(each.value) for _, each in lines if each.name == member}
+    there = {canonical_uid(each.value) for _, each in lines if each.name in MEMBERS}
     added = [f"{member}:{uid}" for uid in sorted(change.add - there)]
     named = any(each.name == "FN" and each.value.strip() for _, each in lines)
     added += [f"FN:{vcard_escape(change.name)}"] if change.name and not named else []
@@ -1416,7 +1422,7 @@ def edit_vcard(text: str, change: CardChange) -> str:
         if each.name == "END":
             added += [f"NOTE:{note}"] if note else []
             edited += "".join(vcard_fold(new, eol) for new in added)
-        leaves = each.name == member and canonical_uid(each.value) in change.remove
+        leaves = each.name in MEMBERS and canonical_uid(each.value) in change.remove
         if not leaves and not (change.name and each.name == "FN" and not named):
             edited += line
         if (
@@ -1992,7 +1998,6 @@ SENDERS_AT_ONCE = 50
 NEWEST_IN_SCREENER = 100
 EMAIL_STATE: Call = ("Email/get", {"ids": []})
 MAILBOX_STATE: Call = ("Mailbox/get", {"ids": []})
-MAILBOXES: Call = ("Mailbox/get", {"ids": None, "properties": ["id", "name", "parentId", "role"]})
 
 
 def parse_mail(raw: JSON) -> Mail:
@@ -2009,13 +2014,20 @@ def parse_mail(raw: JSON) -> Mail:
     )
 
 
-def mailboxes_by_name(mailboxes: Iterable[JSON]) -> dict[str, str]:
-    """{name: id}. The Inbox goes by its role, and a mailbox at the top comes before a nested one of
-    the same name."""
-    ids: dict[str, str] = {}
-    for box in sorted(mailboxes, key=lambda box: (bool(box.get("parentId")), box["id"])):
-        ids.setdefault("Inbox" if box.get("role") == "inbox" else box["name"], box["id"])
-    return ids
+def parse_mailbox(raw: JSON) -> tuple[int, str, str]:
+    """(rank, name, id): the Inbox goes by its role, then come the mailboxes at the top, then the
+    nested ones."""
+    if raw["role"] == "inbox":
+        return 0, "Inbox", raw["id"]
+    return 2 if raw.get("parentId") else 1, raw["name"], raw["id"]
+
+
+def ids_by_name(mailboxes: Iterable[tuple[int, str, str]]) -> dict[str, str]:
+    """{name: id}; of several with one name the first in rank."""
+    return {name: id_ for _, name, id_ in sorted(mailboxes, reverse=True)}
+
+
+MAILBOXES = Query("Mailbox", None, ("id", "name", "parentId", "role"), parse_mailbox)
 
 
 def missing_names(kind: str, needed: Iterable[str], there: Collection[str]) -> list[str]:
@@ -2094,10 +2106,9 @@ class Triage:
             raise ConfigurationError("the token may only read mail: make one that may write it")
         self._contacts.prepare()
         calls, questions = self._contacts.questions([])
-        answers, found = self._client.fetch(questions, [MAILBOXES, *calls])
-        cards = self._contacts.cards([], answers[1:], found)
-        with understood("Mailbox/get"):
-            ids = mailboxes_by_name(answers[0]["list"])
+        answers, [mailboxes, *found] = self._client.fetch([MAILBOXES, *questions], calls)
+        cards = self._contacts.cards([], answers, found)
+        ids = ids_by_name(expect(mailboxes))
         if missing := missing_mailboxes(ids, self._settings) + missing_groups(
             cards, self._settings
         ):
@@ -2131,14 +2142,14 @@ class Triage:
         while True:
             asked = self._boxes.queue
             query = Query("Email", in_any(asked), MAIL_PROPERTIES, parse_mail)
-            answers, [found] = self._client.fetch([query], [EMAIL_STATE, MAILBOXES])
-            with understood("Mailbox/get"):
-                ids = mailboxes_by_name(answers[1]["list"])
-            self._boxes = find_boxes(ids, self._settings)
+            (email, mailbox), [mailboxes, found] = self._client.fetch(
+                [MAILBOXES, query], [EMAIL_STATE, MAILBOX_STATE]
+            )
+            self._boxes = find_boxes(ids_by_name(expect(mailboxes)), self._settings)
             if self._boxes.queue == asked:
                 break
-        self._chain.read("Email", answers[0].get("state"))
-        self._chain.read("Mailbox", answers[1].get("state"))
+        self._chain.read("Email", email.get("state"))
+        self._chain.read("Mailbox", mailbox.get("state"))
         return expect(found)
 
     def _triage(self, senders: Mapping[str, Category], queue: Collection[Mail]) -> dict[str, str]:
