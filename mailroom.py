@@ -2545,9 +2545,9 @@ class Service:
         that arrives in it is one cycle; the window does not slide, so that no steady stream of
         events can put the cycle off."""
         due = time.monotonic() + delay
-        while not self.shutdown.is_set():
+        while not self.shutdown.is_set() and (left := due - time.monotonic()) > 0:
             try:
-                self._queue.get(timeout=max(0.0, due - time.monotonic()))
+                self._queue.get(timeout=left)
             except queue.Empty:
                 break
             self.shutdown.wait(self._settings.debounce_seconds)
