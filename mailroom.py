@@ -61,6 +61,12 @@ from sseclient import SSEClient
 
 VERSION = "1.0"
 JSON = dict[str, Any]
+# What is raised on meeting something else than was to be read. environs raises ValueErrors,
+# ElementTree SyntaxErrors; OSError is a file's.
+MALFORMED = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    SyntaxError, OSError,
+)  # fmt: skip
 LEVELS = ("debug", "info", "warning", "error")
 LOG = logging.getLogger("mailroom")
 T = TypeVar("T")
@@ -126,15 +132,21 @@ def _one_of(*words: Any) -> Callable[[Any], bool]:
     return lambda value: value in words
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def is_safe_url(url: Any) -> bool:
-    """Whether a secret may be sent there: https, or plain http to a loopback address."""
+    """Whether a secret may be sent there: https, or plain http to a loopback address. A URL that
+    programs may read in different ways is not safe."""
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s\\@/?#]+[!-\[\]-~]*", url):
+        return False
     try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        if parts.scheme != "http":
-            return parts.scheme == "https" and bool(host)
+        host, port = urlsplit(url).hostname or "", urlsplit(url).port
+        if port == 0 or url.startswith("https:"):
+            return port != 0 and bool(host)
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except (ValueError, AttributeError):
+    except ValueError:
         return False
 
 
@@ -170,7 +182,7 @@ CATEGORY_KEYS = {
     "destination_mailbox": (_name, "a name"),
     "parent": (_text, "the name of a category"),
     "contact_type": (_one_of("company", "person"), "company or person"),
-    "add_to_inbox": (_one_of(True, False), "true or false"),
+    "add_to_inbox": (_flag, "true or false"),
 }
 UNKNOWN_KEY = (_one_of(), "one of " + ", ".join(CATEGORY_KEYS))
 
@@ -192,17 +204,16 @@ def parse_category(entry: Any) -> Category:
     return Category(**{**names, **given})
 
 
-def parse_categories(entries: list[Any]) -> tuple[Category, ...]:
-    """The categories of the list. Raises ConfigurationError with all that is wrong in it."""
-    categories, problems = [], []
+def parse_categories(entries: Collection[Any]) -> tuple[tuple[Category, ...], list[str]]:
+    """(the categories of the list, what is wrong with its other entries)."""
+    categories: list[Category] = []
+    problems = [] if entries else ["there is no category"]
     for entry in entries:
         try:
             categories.append(parse_category(entry))
         except ConfigurationError as error:
-            problems += [f"MAILROOM_TRIAGE_CATEGORIES: {line}" for line in error.problems]
-    if problems:
-        raise ConfigurationError(*problems)
-    return tuple(categories)
+            problems += error.problems
+    return tuple(categories), problems
 
 
 def ancestors(category: Category, categories: Iterable[Category]) -> list[Category]:
@@ -217,8 +228,6 @@ def ancestors(category: Category, categories: Iterable[Category]) -> list[Catego
 def category_problems(categories: Sequence[Category], reserved: Iterable[str]) -> Iterator[str]:
     """All that is wrong with a set of categories, one line each. `reserved`: the names of the
     Screener, the error and warning labels and the provenance group."""
-    if not categories:
-        yield "there is no category"
     names, labels = [each.name for each in categories], [each.label for each in categories]
     yield from (f"the name {name} comes twice" for name, n in Counter(names).items() if n > 1)
     yield from (f"the label {name} comes twice" for name, n in Counter(labels).items() if n > 1)
@@ -264,7 +273,7 @@ MAILBOX = "the name of a mailbox"
 
 
 def setting(*row: Any) -> Any:
-    """A row of the table, where the type checker sees the setting's value."""
+    """A row of the table; the type checker is told of the setting's value in its place."""
     return Setting(*row)
 
 
@@ -288,7 +297,7 @@ class MailroomSettings:
     screener_mailbox: str = setting("str", "Screener", MAILBOX, _name)
     label_mailroom_error: str = setting("str", "@MailroomError", MAILBOX, _name)
     label_mailroom_warning: str = setting("str", "@MailroomWarning", MAILBOX, _name)
-    warnings_enabled: bool = setting("bool", True, "true or false", _one_of(True, False))
+    warnings_enabled: bool = setting("bool", True, "true or false", _flag)
     provenance_group: str = setting("str", "Mailroom", "the name of a contact group", _name)
     triage_categories: tuple[Category, ...] = setting(
         "json", DEFAULT_CATEGORIES, "a JSON list of categories", lambda value: type(value) is list
@@ -300,24 +309,26 @@ class MailroomSettings:
         if unknown := overrides.keys() - SETTINGS.keys():
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
         problems: list[str] = []
-        for name in SETTINGS:
+        for name, row in SETTINGS.items():
             try:
                 setattr(self, name, read_setting(name, overrides))
             except ConfigurationError as error:
                 problems += error.problems
-        if problems := problems or list(self._check_together()):
+                setattr(self, name, row.default)
+        if problems := [*problems, *self._check_together()]:
             raise ConfigurationError(*problems)
 
     def _check_together(self) -> Iterator[str]:
         if self.carddav_username and not self.carddav_password:
-            yield "MAILROOM_CARDDAV_PASSWORD is not set: MAILROOM_CARDDAV_USERNAME needs it"
+            yield "MAILROOM_CARDDAV_USERNAME is set: give MAILROOM_CARDDAV_PASSWORD too"
         own = ("screener_mailbox", "label_mailroom_error", "label_mailroom_warning")
         reserved = [getattr(self, name) for name in own]
         if len({name.casefold() for name in reserved}) < len(reserved):
             shown = (f"MAILROOM_{name.upper()}={getattr(self, name)!r}" for name in own)
             yield f"{', '.join(shown)}: give each a name of its own"
         reserved.append(self.provenance_group)
-        for problem in category_problems(self.triage_categories, reserved):
+        self.triage_categories, problems = parse_categories(self.triage_categories)
+        for problem in [*problems, *category_problems(self.triage_categories, reserved)]:
             yield f"MAILROOM_TRIAGE_CATEGORIES: {problem}"
 
     def __repr__(self) -> str:
@@ -350,8 +361,8 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
         else:
             value = row.default() if callable(row.default) else row.default
         if row.fits(value):
-            return parse_categories(value) if name == "triage_categories" else value
-    except (ValueError, TypeError):  # environs' errors are ValueErrors
+            return value
+    except MALFORMED:
         value = overrides.get(name, os.environ.get(variable))
     source = os.environ.get(f"{variable}_FILE")
     shown = (f" (in the file {source!r})" if source else "") if row.secret else f"={value!r}"
@@ -827,7 +838,7 @@ def problem_detail(body: bytes) -> str:
     try:
         problem = json.loads(body)
         said = problem.get("detail") or problem.get("type") or ""
-    except (ValueError, AttributeError, RecursionError):
+    except MALFORMED:
         return ""
     return f": {str(said)[:200]}" if said else ""
 
@@ -859,8 +870,6 @@ JMAP_REMEDY = (
     "Make a token with the scopes Mail and Contacts (at Fastmail: Settings - Privacy & Security - "
     "Manage API tokens) and put it into MAILROOM_JMAP_TOKEN"
 )
-# What decoding raises when it meets another shape (SyntaxError: ElementTree's).
-MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError, SyntaxError)
 # What a server takes at once (RFC 8620 section 2) if it does not say.
 DEFAULT_LIMITS = {
     "maxSizeRequest": 10_000_000,
@@ -1446,7 +1455,8 @@ LISTED = ("UID", "FN", "N", "ORG", "EMAIL", "NOTE", "KIND", "MEMBER", APPLE_KIND
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
 EDIT_ATTEMPTS = 4
 CARDDAV_REMEDY = (
-    "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password)"
+    "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password) "
+    "and MAILROOM_CARDDAV_URL"
 )
 VERSION_4_QUERY = (
     "<D:prop><D:getetag/></D:prop>",
@@ -1501,7 +1511,7 @@ class CardDAVContacts:
             if not (home := href_in(here.get(f"{CARD}addressbook-home-set"))):
                 principal = href_in(here.get(f"{DAV}current-user-principal"))
                 if not principal:
-                    raise ConfigurationError(f"{url} does not know MAILROOM_CARDDAV_USERNAME")
+                    raise ConfigurationError(f"{url} knows no such user. {CARDDAV_REMEDY}")
                 url, found = self._propfind(urljoin(url, principal), "0")
                 home = href_in(next(iter(found.values()), {}).get(f"{CARD}addressbook-home-set"))
             url, found = self._propfind(urljoin(url, home), "1")
@@ -1513,7 +1523,7 @@ class CardDAVContacts:
             if is_address_book(each) and is_writable(each)
         }
         if not self._books:
-            raise ConfigurationError(f"{url} has no address book that can be written")
+            raise ConfigurationError(f"{url} has no address book to write into. {CARDDAV_REMEDY}")
 
     def _first_propfind(self) -> tuple[str, DAVProperties]:
         """The start of the search. A bare origin may or may not have a well-known URI."""
@@ -1526,7 +1536,11 @@ class CardDAVContacts:
         return self._propfind(self._url, "0")
 
     def _propfind(self, url: str, depth: str) -> tuple[str, DAVProperties]:
-        return self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED)
+        try:
+            return self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED)
+        except ServerError as error:
+            error.args = (f"MAILROOM_CARDDAV_URL={self._url}: {error}",)
+            raise
 
     def _ask(self, method: str, url: str, depth: str, *body: str) -> tuple[str, DAVProperties]:
         """A request that a multistatus answers; (the URL that answered, what it says)."""
@@ -1723,7 +1737,7 @@ def quiet_limit(ping: str) -> float:
     announce the interval in milliseconds."""
     try:
         interval = float(json.loads(ping)["interval"])
-    except (ValueError, TypeError, LookupError, RecursionError):
+    except MALFORMED:
         return QUIET_LIMIT
     seconds = interval if interval <= MAX_PING_SECONDS else interval / 1000
     return max(QUIET_LIMIT, 3 * min(seconds, MAX_PING_SECONDS))
@@ -1984,7 +1998,7 @@ class StateChain:
             states = json.loads(data)["changed"][account_id]
             told = [(type_, states[type_]) for type_ in ("Email", "Mailbox") if type_ in states]
             return not told or any(state not in self._known.get(type_, ()) for type_, state in told)
-        except (ValueError, TypeError, LookupError, RecursionError):
+        except MALFORMED:
             return True
 
 
