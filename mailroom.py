@@ -704,6 +704,23 @@ def credentials(token: str, username: str = "") -> AuthBase:
     return HTTPBasicAuth(username.encode(), token.encode()) if username else BearerAuth(token)
 
 
+def text(value: Any) -> str:
+    """The value, which is to be a text. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    return value
+
+
+@contextmanager
+def understood(url: str) -> Iterator[None]:
+    """While a reply is decoded: one that is not of the shape it should be is a ServerError."""
+    try:
+        yield
+    except MALFORMED as error:
+        said = f"{type(error).__name__} {error}"[:200]
+        raise ServerError(f"{url} sends a reply that cannot be understood ({said})") from None
+
+
 class Reply(NamedTuple):
     """A whole HTTP reply. `url`: where it came from, after redirects."""
 
@@ -759,12 +776,13 @@ class HTTPClient:
                     allow_redirects=False,
                     stream=True,
                 )
-            except (requests.RequestException, OSError) as error:
+            except (OSError, ValueError) as error:  # requests' errors are OSErrors
                 raise ServerError(f"{url} cannot be reached: {network_reason(error)}") from None
             if not response.is_redirect:
                 return response
             response.close()
-            url = same_origin(url, response.headers["Location"])
+            with understood(url):
+                url = same_origin(url, response.headers["Location"])
         raise ServerError(f"{url} redirects without end")
 
     def request(
@@ -803,7 +821,7 @@ def read_bounded(response: requests.Response) -> bytes:
             content += chunk
             if len(content) > MAX_REPLY_BYTES:
                 raise ServerError(f"{response.url} sends more than {MAX_REPLY_BYTES} bytes")
-    except (requests.RequestException, OSError) as error:
+    except OSError as error:
         raise ServerError(f"{response.url} broke off: {network_reason(error)}") from None
     return bytes(content)
 
@@ -850,7 +868,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
         return min(float(value[:9]), MAX_RETRY_AFTER)
     try:
         wait = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
+    except MALFORMED:
         return 0.0
     return min(max(wait, 0.0), MAX_RETRY_AFTER)
 
@@ -905,10 +923,15 @@ class Query(NamedTuple):
 
 def error_text(error: JSON) -> str:
     """A method error or SetError in one line: its type, and what else it says."""
-    parts = [str(error.get("type", "unknown error")), *map(str, error.get("properties") or [])]
-    if error.get("description"):
-        parts.append(f"({error['description']})")
-    return " ".join(parts)[:300]
+    said = [error.get("type", "unknown error"), error.get("properties"), error.get("description")]
+    return " ".join(str(each) for each in said if each)[:300]
+
+
+def set_errors(done: JSON) -> dict[str, JSON]:
+    """{id or creation id: SetError} of a Foo/set (RFC 8620 section 5.3). Raises ServerError."""
+    with understood("Foo/set"):
+        errors = {**(done.get("notCreated") or {}), **(done.get("notUpdated") or {})}
+        return {key: dict(error) for key, error in errors.items()}
 
 
 def expect(answer: T | MethodError) -> T:
@@ -945,16 +968,6 @@ def packed(
         yield portion
 
 
-@contextmanager
-def understood(url: str) -> Iterator[None]:
-    """While a reply is decoded: one that is not of the shape it should be is a ServerError."""
-    try:
-        yield
-    except MALFORMED as error:
-        said = f"{type(error).__name__} {error}"[:200]
-        raise ServerError(f"{url} sends a reply that cannot be understood ({said})") from None
-
-
 def session_url(place: str) -> str:
     """The URL of the session object: of a host name, a bare origin (RFC 8620 section 2.2) or as it
     is."""
@@ -979,6 +992,7 @@ class JMAPClient:
         self.limits = DEFAULT_LIMITS
         self.stale = True
         self._session: JSON = {}
+        self._accounts: dict[str, JSON] = {}
         self._urls: dict[str, str] = {}
         self._state_seen = ""
 
@@ -996,21 +1010,25 @@ class JMAPClient:
             urls = {
                 key: urljoin(reply.url, session[key]) for key in SESSION_URLS if session.get(key)
             }
-            if not session["primaryAccounts"].get(MAIL):
+            accounts = {
+                capability: {**(session.get("accounts") or {}).get(id_, {}), "id": text(id_)}
+                for capability, id_ in session["primaryAccounts"].items()
+            }
+            if MAIL not in accounts:
                 raise ConfigurationError(f"{reply.url}: the token gives no access to mail")
             if "apiUrl" not in urls or min(limits.values()) < 1:
                 raise ValueError("no apiUrl, or limits below 1")
         if unsafe := [url for url in urls.values() if not is_safe_url(url)]:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
-        self._session, self._urls, self.limits, self.stale = session, urls, limits, False
+        self._session, self._accounts, self._urls, self.limits = session, accounts, urls, limits
         self._state_seen = self._state_seen or str(session.get("state", ""))
 
     @property
     def account_id(self) -> str:
         """The account for mail. Raises RuntimeError before `connect()`."""
-        if not self._session:
+        if not self._accounts:
             raise RuntimeError("connect() comes first")
-        return str(self._session["primaryAccounts"][MAIL])
+        return str(self._accounts[MAIL]["id"])
 
     @property
     def session_capabilities(self) -> JSON:
@@ -1033,8 +1051,7 @@ class JMAPClient:
 
     def account(self, capability: str) -> JSON:
         """The session's account for a capability, with its id; empty where there is none."""
-        id_ = self._session["primaryAccounts"].get(capability)
-        return {**(self._session.get("accounts") or {}).get(id_, {}), "id": id_} if id_ else {}
+        return self._accounts.get(capability, {})
 
     def send(self, groups: Sequence[Sequence[Call]]) -> list[list[Answer]]:
         """The answers to groups of calls, in as few requests as the limits allow. The calls of a
@@ -1225,7 +1242,7 @@ class JMAPContacts:
             [[answer]] = self._client.send([[("ContactCard/set", arguments)]])
             done = expect(answer)
             self._state = str(done.get("newState"))
-            errors = {**(done.get("notCreated") or {}), **(done.get("notUpdated") or {})}
+            errors = set_errors(done)
             for uid, (_, key, _) in portion.items():
                 if key in errors:
                     refused[uid] = error_text(errors[key])
@@ -1244,12 +1261,12 @@ def jmap_card(raw: JSON) -> Card:
     firms = [firm.get("name") for firm in (raw.get("organizations") or {}).values()]
     emails = (email["address"] for email in (raw.get("emails") or {}).values())
     return Card(
-        uid=raw["uid"],
-        ref=raw["id"],
-        name=name.get("full") or " ".join(parts) or next(filter(None, firms), ""),
+        uid=text(raw["uid"]),
+        ref=text(raw["id"]),
+        name=text(name.get("full") or " ".join(parts) or next(filter(None, firms), "")),
         emails=frozenset(email.strip().lower() for email in emails),
-        notes={key: note.get("note") or "" for key, note in (raw.get("notes") or {}).items()},
-        created=raw.get("created") or "",
+        notes={key: text(note["note"]) for key, note in (raw.get("notes") or {}).items()},
+        created=text(raw.get("created") or ""),
         is_group=raw.get("kind") == "group",
         members=frozenset(uid for uid, there in (raw.get("members") or {}).items() if there),
     )
@@ -1681,6 +1698,7 @@ PROVEN_SECONDS = 60.0
 ANSWER_TIMEOUT = 30.0
 MAX_EVENT_CHARACTERS = 2**16
 MAX_EVENTS_KEPT = 100
+SENDABLE_ID = re.compile("[!-~]([ -~]{0,1000}[!-~])?")
 
 
 class StreamEnd(MailroomError):  # noqa: N818  (streams end: that is no error in itself)
@@ -1850,8 +1868,8 @@ class EventStream:
             self.status.last_event_at = now_iso()
         if event.event == "ping":
             self._quiet_limit = quiet_limit(event.data)
-        if event.id and event.id.isascii() and event.id.isprintable() and len(event.id) < 1000:
-            self._last_event_id = event.id
+        if event.id is not None:
+            self._last_event_id = event.id if SENDABLE_ID.fullmatch(event.id) else ""
         if event.retry and re.fullmatch("[0-9]+", event.retry):
             self._first_delay = first_delay(event.retry)
 
@@ -1985,7 +2003,8 @@ class StateChain:
 
     def reported(self, data: str) -> None:
         """An event has come. Of too many the rest is simply news, as rubbish is."""
-        self._events.discard(None)
+        if '"Email"' in data:
+            self._events.discard(None)
         self._events.add(data if len(self._events) < MAX_EVENTS_KEPT else "")
 
     def has_news(self, account_id: str) -> bool:
@@ -2020,11 +2039,11 @@ def parse_mail(raw: JSON) -> Mail:
     author = (raw.get("from") or [{}])[0]
     address = (author.get("email") or "").strip().lower()
     return Mail(
-        id=raw["id"],
+        id=text(raw["id"]),
         sender=address if "@" in address and address.isprintable() else "",
         display_name=CONTROLS.sub(" ", author.get("name") or ""),
         mailboxes=frozenset(box for box, there in raw["mailboxIds"].items() if there),
-        received=raw.get("receivedAt") or "",
+        received=text(raw.get("receivedAt") or ""),
     )
 
 
@@ -2032,8 +2051,8 @@ def parse_mailbox(raw: JSON) -> tuple[int, str, str]:
     """(rank, name, id): the Inbox goes by its role, then come the mailboxes at the top, then the
     nested ones."""
     if raw["role"] == "inbox":
-        return 0, "Inbox", raw["id"]
-    return 2 if raw.get("parentId") else 1, raw["name"], raw["id"]
+        return 0, "Inbox", text(raw["id"])
+    return 2 if raw.get("parentId") else 1, text(raw["name"]), text(raw["id"])
 
 
 def ids_by_name(mailboxes: Iterable[tuple[int, str, str]]) -> dict[str, str]:
@@ -2131,6 +2150,7 @@ class Triage:
         logins = {self._settings.jmap_username, self._settings.carddav_username}
         self._own = self._client.own_addresses() | {name.lower() for name in logins}
         labels = sorted(category.label for category in self._boxes.labels.values())
+        self._client.stale = False
         LOG.info("account ready", extra=fields(account=self._client.account_id, labels=labels))
 
     def run(self) -> dict[str, str]:
@@ -2319,7 +2339,7 @@ class Triage:
             before, done, after = map(expect, self._client.send([calls])[0])
             self._chain.wrote("Mailbox", before.get("state"), after.get("state"))
             self._chain.wrote("Email", done.get("oldState"), done.get("newState"))
-            for id_, error in (done.get("notUpdated") or {}).items():
+            for id_, error in set_errors(done).items():
                 if error.get("type") != "notFound":
                     refused[id_] = error_text(error)
         return refused
