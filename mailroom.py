@@ -842,13 +842,20 @@ def same_origin(url: str, location: str) -> str:
 
 
 def network_reason(error: BaseException) -> str:
-    """The innermost cause of a network error, in one line."""
-    while True:
-        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__
+    """Why a request failed, in one line: what the system says, else what the library does."""
+    chain = [error]
+    while (
+        inner := getattr(chain[-1], "reason", None) or chain[-1].__cause__ or chain[-1].__context__
+    ):
         if not isinstance(inner, BaseException):
             break
-        error = inner
-    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+        chain.append(inner)
+    for each in reversed(chain):
+        if said := getattr(each, "strerror", None):
+            return str(said)
+        if type(each).__module__ != "builtins":
+            break
+    return " ".join(str(each).split())[:200]
 
 
 def problem_detail(body: bytes) -> str:
@@ -1013,6 +1020,7 @@ class JMAPClient:
             accounts = {
                 capability: {**(session.get("accounts") or {}).get(id_, {}), "id": text(id_)}
                 for capability, id_ in session["primaryAccounts"].items()
+                if id_
             }
             if MAIL not in accounts:
                 raise ConfigurationError(f"{reply.url}: the token gives no access to mail")
@@ -1868,7 +1876,7 @@ class EventStream:
             self.status.last_event_at = now_iso()
         if event.event == "ping":
             self._quiet_limit = quiet_limit(event.data)
-        if event.id is not None:
+        if event.id is not None and "\0" not in event.id:
             self._last_event_id = event.id if SENDABLE_ID.fullmatch(event.id) else ""
         if event.retry and re.fullmatch("[0-9]+", event.retry):
             self._first_delay = first_delay(event.retry)

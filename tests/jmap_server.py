@@ -808,8 +808,9 @@ class Emails(Kind):
         """RFC 8621 section 4.4.1; `header` is a substring of the raw header and needs no index."""
         account = self.account
         if name == "inMailbox":
-            box = account.mailboxes.get(text_of(value))
-            return among & box.mails if box else set()
+            if text_of(value) not in account.mailboxes:  # as Cyrus has it
+                raise MethodError("invalidArguments", f"no mailbox {value}")
+            return among & account.mailboxes[value].mails
         if name in ("from", "subject", "text"):
             return self._text_search(name, text_of(value), among)
         if name == "header":
@@ -1222,6 +1223,8 @@ class Run:
     def _set(self, kind: Kind, args: JSON) -> JSON:
         """RFC 8620 section 5.3: every object by itself succeeds or fails; nothing is null."""
         create, update = args.get("create") or {}, args.get("update") or {}
+        if not isinstance(create, dict) or not isinstance(update, dict):
+            raise MethodError("invalidArguments", "create and update are objects")
         tasks: list[tuple[str, str, Any]] = [("Created", *entry) for entry in create.items()]
         tasks += [("Updated", *entry) for entry in update.items()]
         tasks += [("Destroyed", key, args) for key in args.get("destroy") or ()]

@@ -1,0 +1,167 @@
+"""The demo: it shows what it promises, it notices when that is not so, and its account can be
+used by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gevent
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+DEMO, MAILROOM = TESTS / "demo.py", TESTS.parent / "mailroom.py"
+DEADLINE = 60.0
+TAPS = ["@ToFeed", "@ToPerson", "@ToJail", "@ToFeed off", "@ToTruck", "@ToImbox"]
+SABOTEUR = f"""
+import sys
+sys.path.insert(0, {str(TESTS.parent)!r})
+import mailroom
+{{change}}
+sys.exit(mailroom.main())
+"""
+# What is done to mailroom, and what the demo has to say of it.
+SABOTAGES = {
+    "sys.exit(0)": "mailroom has ended with status 0",
+    "mailroom.Triage.plan = lambda *_: []": "for the mails to be filed; missing: Screener -> Feed",
+    "mailroom.Rules.family = lambda _, category: [category]": "missing: Person -> Imbox, Person",
+    "mailroom.Triage._write_contacts = lambda *_: {}": "has 0 contacts in []",
+}
+
+
+@contextmanager
+def running(*command: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python program with its output and errors in one pipe; gone at the end in any case."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        with gevent.Timeout(DEADLINE, AssertionError(f"{command} was not done in time")):
+            yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
+
+
+def run_demo(*arguments: object) -> tuple[int, str]:
+    """The exit status and the output of the demo."""
+    with running(DEMO, *arguments) as process:
+        output, _ = process.communicate()
+    return process.returncode, output
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """The output up to the first line that matches."""
+    assert process.stdout
+    text = ""
+    for line in process.stdout:
+        text += line
+        if re.search(pattern, line):
+            return text
+    raise AssertionError(f"no {pattern!r} in:\n{text}")
+
+
+def say(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """The exit status and output of the demo as it is, and of the demo with each saboteur in place
+    of mailroom; they run side by side, since they mostly wait."""
+    home, runs = tmp_path_factory.mktemp("saboteurs"), {"": gevent.spawn(run_demo)}
+    for number, change in enumerate(SABOTAGES):
+        program = home / f"{number}.py"
+        program.write_text(SABOTEUR.format(change=change))
+        runs[change] = gevent.spawn(run_demo, "--program", program, "--patience", 6)
+    return {change: run.get() for change, run in runs.items()}
+
+
+def test_the_demo_plays_all_scenes(outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes[""]
+    assert status == 0, output
+    assert re.findall(r"^(\d)\. ", output, re.MULTILINE) == list("12345")
+    _, _, summary = output.partition("\ntap ")
+    for tap in TAPS:
+        assert f"\n{tap}  " in summary
+    for told in ("(push)", "(fallback)", "stream disconnected (HTTP 503)", "Checked: all"):
+        assert told in output
+    assert "\033" not in output
+    assert max(map(len, output.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("change", SABOTAGES)
+def test_the_demo_fails_when_mailroom_does_not_do_its_work(
+    outcomes: dict[str, tuple[int, str]], change: str
+) -> None:
+    status, output = outcomes[change]
+    assert status == 1, output
+    complaint, _, _ = output.partition("The log of mailroom:")
+    assert SABOTAGES[change] in complaint
+    assert "Traceback" not in output
+
+
+def test_the_served_account_works_with_the_printed_settings() -> None:
+    with running(DEMO, "--serve") as demo:
+        told = read_until(demo, "mailroom.py$")
+        exports = dict(
+            shlex.split(line.removeprefix("export "))[0].split("=", 1)
+            for line in told.splitlines()
+            if line.startswith("export ")
+        )
+        say(demo, "label slow-crumb @ToFeed")
+        assert "Screener + @ToFeed" in read_until(demo, "1 mail: ")
+        with running(MAILROOM, **exports) as mailroom:
+            read_until(demo, "14 mails: Screener -> Feed")
+            say(demo, "list slow-crumb")
+            assert "14 Feed" in read_until(demo, r"\[Feed, Mailroom\]")
+            mailroom.terminate()
+            assert mailroom.wait() == 0
+        demo.terminate()
+        assert demo.wait() == 0
+
+
+def test_the_served_account_says_what_is_wrong_with_a_command() -> None:
+    with running(DEMO, "--serve") as demo:
+        say(demo, "label nobody @ToFeed")
+        read_until(demo, "no sender has nobody")
+        say(demo, "label slow-crumb @ToNowhere")
+        read_until(demo, "unlabel SENDER LABEL")
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait() == 0
+        assert demo.stdout
+        assert "Traceback" not in demo.stdout.read()
+
+
+def test_an_interrupted_demo_is_quiet_and_leaves_nothing() -> None:
+    with running(DEMO) as demo:
+        read_until(demo, "^1. ")
+        demo.send_signal(signal.SIGINT)
+        assert demo.stdout
+        assert "Traceback" not in demo.stdout.read()
+        assert demo.wait() == 130
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    with running(DEMO) as demo:
+        read_until(demo, "^1. ")
+        assert demo.stdout
+        demo.stdout.close()
+        assert demo.wait() == 141
