@@ -38,6 +38,7 @@ import signal
 import sys
 import time
 import uuid
+from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -336,9 +337,12 @@ class MailroomSettings:
         return f"MailroomSettings({', '.join(shown)})"
 
     def redact(self, text: str) -> str:
-        """The text with every secret in it blotted out."""
+        """The text with every secret in it blotted out, as HTTP Basic and JSON write it too."""
         for secret in filter(None, (self.jmap_token, self.carddav_password)):
-            text = text.replace(secret, "[secret]")
+            users = {self.jmap_username, self.carddav_username}
+            forms = [b64encode(f"{user}:{secret}".encode()).decode() for user in users]
+            for form in (*forms, json.dumps(secret)[1:-1], secret):
+                text = text.replace(form, "[secret]")
         return text
 
 
@@ -2402,14 +2406,15 @@ class Health:
     """What the service can say of itself; the service alone writes it. `counts` holds the samples
     of the counters by their names without the prefix."""
 
-    def __init__(self, poll_interval: float) -> None:
+    def __init__(self, settings: MailroomSettings) -> None:
         self.stream = StreamStatus()
         self.counts = Counter(senders_triaged_total=0, sender_failures_total=0, mails_filed_total=0)
         self.consecutive_failures = 0
         self.last_trigger: str | None = None
         self.last_success: float | None = None
         self._started = time.monotonic()
-        self._max_age = 2 * poll_interval + CYCLE_DEADLINE
+        self._max_age = 2 * settings.poll_interval + CYCLE_DEADLINE
+        self._redact = settings.redact
 
     def note_cycle(self, trigger: str, result: str) -> None:
         """A cycle has ended: a `success`; with `sender_failures`, where the account was read but
@@ -2456,7 +2461,7 @@ class Health:
         missing = ("404 Not Found", "text/plain", "not found\n")
         status, media_type, body = page() if page else missing
         start_response(status, [("Content-Type", media_type)])
-        return [body.encode()]
+        return [self._redact(body).encode()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2485,7 +2490,7 @@ class Service:
 
     def __init__(self, settings: MailroomSettings) -> None:
         self.shutdown = gevent.event.Event()
-        self.health = Health(settings.poll_interval)
+        self.health = Health(settings)
         self._settings = settings
         self._queue: gevent.queue.Queue[str] = gevent.queue.Queue()
         self._chain = StateChain()
@@ -2516,7 +2521,9 @@ class Service:
                 cycles.join(SHUTDOWN_SECONDS)
                 LOG.info("stopped")
                 return 0
-            raise self._over.get() or RuntimeError("a greenlet has ended")
+            if isinstance(fault := self._over.get(), ConfigurationError):
+                raise fault
+            raise RuntimeError("a greenlet has ended") from fault
         except ConfigurationError as error:
             for problem in error.problems:
                 LOG.error(problem)
@@ -2610,8 +2617,8 @@ class Service:
         except MailroomError as error:
             if isinstance(error, ConfigurationError) and self.health.last_success is None:
                 raise
-            # Nothing is taken for granted any more: neither the session nor what was read.
-            self._client.stale = True
+            # Nothing is taken for granted: what was read, and if the server says no, the session.
+            self._client.stale |= getattr(error, "answered", True)
             self._chain.begin()
             delay = getattr(error, "retry_after", 0.0)
             return self._after(trigger, "failure", {"": str(error)}, delay)
