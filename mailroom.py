@@ -690,6 +690,9 @@ READ_TIMEOUT = 60.0
 MAX_REPLY_BYTES = 64 * 2**20
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 3600.0
+# What a server says is cut here to save memory; only what is shown of it is cut to be read.
+MAX_SAID = 10_000
+MAX_SHOWN = 500
 
 
 class BearerAuth(AuthBase):
@@ -708,7 +711,7 @@ def credentials(token: str, username: str = "") -> AuthBase:
     return HTTPBasicAuth(username.encode(), token.encode()) if username else BearerAuth(token)
 
 
-def text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """The value, which is to be a text. Raises TypeError."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.40} is no text")
@@ -721,7 +724,7 @@ def understood(url: str) -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        said = f"{type(error).__name__} {error}"[:200]
+        said = f"{type(error).__name__} {error}"[:MAX_SAID]
         raise ServerError(f"{url} sends a reply that cannot be understood ({said})") from None
 
 
@@ -859,7 +862,7 @@ def network_reason(error: BaseException) -> str:
             return str(said)
         if type(each).__module__ != "builtins":
             break
-    return " ".join(str(each).split())[:200]
+    return " ".join(str(each).split())
 
 
 def problem_detail(body: bytes) -> str:
@@ -869,7 +872,7 @@ def problem_detail(body: bytes) -> str:
         said = problem.get("detail") or problem.get("type") or ""
     except MALFORMED:
         return ""
-    return f": {str(said)[:200]}" if said else ""
+    return f": {said}"[:MAX_SAID] if said else ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -935,7 +938,7 @@ class Query(NamedTuple):
 def error_text(error: JSON) -> str:
     """A method error or SetError in one line: its type, and what else it says."""
     said = [error.get("type", "unknown error"), error.get("properties"), error.get("description")]
-    return " ".join(str(each) for each in said if each)[:300]
+    return " ".join(str(each) for each in said if each)[:MAX_SAID]
 
 
 def set_errors(done: JSON) -> dict[str, JSON]:
@@ -1022,7 +1025,7 @@ class JMAPClient:
                 key: urljoin(reply.url, session[key]) for key in SESSION_URLS if session.get(key)
             }
             accounts = {
-                capability: {**(session.get("accounts") or {}).get(id_, {}), "id": text(id_)}
+                capability: {**(session.get("accounts") or {}).get(id_, {}), "id": as_text(id_)}
                 for capability, id_ in session["primaryAccounts"].items()
                 if id_
             }
@@ -1273,12 +1276,12 @@ def jmap_card(raw: JSON) -> Card:
     firms = [firm.get("name") for firm in (raw.get("organizations") or {}).values()]
     emails = (email["address"] for email in (raw.get("emails") or {}).values())
     return Card(
-        uid=text(raw["uid"]),
-        ref=text(raw["id"]),
-        name=text(name.get("full") or " ".join(parts) or next(filter(None, firms), "")),
+        uid=as_text(raw["uid"]),
+        ref=as_text(raw["id"]),
+        name=as_text(name.get("full") or " ".join(parts) or next(filter(None, firms), "")),
         emails=frozenset(email.strip().lower() for email in emails),
-        notes={key: text(note["note"]) for key, note in (raw.get("notes") or {}).items()},
-        created=text(raw.get("created") or ""),
+        notes={key: as_text(note["note"]) for key, note in (raw.get("notes") or {}).items()},
+        created=as_text(raw.get("created") or ""),
         is_group=raw.get("kind") == "group",
         members=frozenset(uid for uid, there in (raw.get("members") or {}).items() if there),
     )
@@ -1810,7 +1813,7 @@ def check_stream(response: requests.Response) -> None:
     if status != 200:
         raise StreamEnd(f"HTTP {status}", at_least=retry_after(response.headers))
     if media_type.partition(";")[0].strip().lower() != "text/event-stream":
-        raise StreamEnd(f"the reply is {media_type[:80]!r}, not an event stream")
+        raise StreamEnd(f'the reply is "{media_type}", not an event stream')
 
 
 class EventStream:
@@ -2051,11 +2054,11 @@ def parse_mail(raw: JSON) -> Mail:
     author = (raw.get("from") or [{}])[0]
     address = (author.get("email") or "").strip().lower()
     return Mail(
-        id=text(raw["id"]),
+        id=as_text(raw["id"]),
         sender=address if "@" in address and address.isprintable() else "",
         display_name=CONTROLS.sub(" ", author.get("name") or ""),
         mailboxes=frozenset(box for box, there in raw["mailboxIds"].items() if there),
-        received=text(raw.get("receivedAt") or ""),
+        received=as_text(raw.get("receivedAt") or ""),
     )
 
 
@@ -2063,8 +2066,8 @@ def parse_mailbox(raw: JSON) -> tuple[int, str, str]:
     """(rank, name, id): the Inbox goes by its role, then come the mailboxes at the top, then the
     nested ones."""
     if raw["role"] == "inbox":
-        return 0, "Inbox", text(raw["id"])
-    return 2 if raw.get("parentId") else 1, text(raw["name"]), text(raw["id"])
+        return 0, "Inbox", as_text(raw["id"])
+    return 2 if raw.get("parentId") else 1, as_text(raw["name"]), as_text(raw["id"])
 
 
 def ids_by_name(mailboxes: Iterable[tuple[int, str, str]]) -> dict[str, str]:
@@ -2382,15 +2385,23 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         values = {"event": record.getMessage(), **getattr(record, "fields", {})}
-        if record.exc_info:
-            values["traceback"] = self.formatException(record.exc_info)
-        level, now = record.levelname.lower(), now_iso()
+        values = {key: self._shown(value) for key, value in values.items()}
+        level = record.levelname.lower()
+        trace = self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
         if self._as_json:
-            return self._redact(json.dumps({"time": now, "level": level, **values}))
-        event, trace = values.pop("event"), values.pop("traceback", "")
+            traceback = {"traceback": trace} if trace else {}
+            return json.dumps({"time": now_iso(), "level": level, **values, **traceback})
+        event = CONTROLS.sub(" ", values.pop("event"))
         told = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-        line = f"{datetime.now():%H:%M:%S} {level:7} {event!s}  {told}".rstrip()
-        return self._redact("\n".join(filter(None, [line, trace])))
+        line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {told}".rstrip()
+        return "\n".join(filter(None, [line, trace]))
+
+    def _shown(self, value: Any) -> Any:
+        """A text without secrets, and short enough: in this order, or half a secret would stay."""
+        if not isinstance(value, str):
+            return value
+        value = self._redact(value)
+        return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
 
 
 def start_logging(settings: MailroomSettings) -> None:
@@ -2468,7 +2479,7 @@ class Health:
 # The service
 # ------------------------------------------------------------------------------------------------
 
-SHUTDOWN_SECONDS = 4.0
+SHUTDOWN_SECONDS = 3.0
 CYCLE_DEADLINE = 300.0
 CONNECT_GRACE = 1.0
 
@@ -2633,11 +2644,13 @@ class Service:
         before = self.health.consecutive_failures
         self.health.note_cycle(trigger, result)
         self.health.counts["sender_failures_total"] += len(failures.keys() - {""})
+        # The same cause with another count of bytes or seconds in it is no news.
+        causes = {sender: re.sub("[0-9]+", "0", reason) for sender, reason in failures.items()}
         for sender, reason in failures.items():
-            if self._told.get(sender) != reason:
+            if self._told.get(sender) != causes[sender]:
                 text = "sender not triaged, the label stays" if sender else "cycle failed"
                 LOG.error(text, extra=fields(**{"sender": sender} if sender else {}, cause=reason))
-        self._told = dict(failures)
+        self._told = causes
         if before and not failures:
             LOG.info("recovered", extra=fields(failed_cycles=before))
         LOG.debug("cycle done", extra=fields(trigger=trigger, result=result))

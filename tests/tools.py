@@ -1,0 +1,342 @@
+"""What the tests of triage and of the service share: an account with a Mailroom beside it, and the
+promises that hold after every scenario, whatever went wrong in it."""
+
+import io
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import gevent
+from jmap_server import CATEGORIES, JSON, JMAPServer, Options, Request
+
+import mailroom
+
+SERVERS = {"fastmail": Options.fastmail, "cyrus": Options.cyrus, "stalwart": Options.stalwart}
+PROGRAM = Path(mailroom.__file__)
+FOREIGN = ("Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash", "Mine")
+CARD_PATHS = re.compile(r"name|notes|notes/[^/]+/note|members|members/[^/]+")
+
+
+def settings_for(server: JMAPServer, **changes: Any) -> mailroom.MailroomSettings:
+    """Settings for this server, with time scaled down."""
+    given = {"jmap_url": server.session_url, "jmap_token": server.options.token, **changes}
+    return mailroom.MailroomSettings(**{"health_port": 0, "debounce_seconds": 0.02, **given})
+
+
+def new_triage(settings: mailroom.MailroomSettings) -> mailroom.Triage:
+    """Triage with nothing of the service around it."""
+    client = mailroom.JMAPClient(
+        settings.jmap_token, settings.jmap_url, username=settings.jmap_username
+    )
+    contacts = mailroom.contact_store(settings, client, bool)
+    return mailroom.Triage(settings, client, contacts, mailroom.StateChain(), Counter())
+
+
+def check_wire(server: JMAPServer) -> None:
+    """What was ever asked of the server kept to the rules: only mailboxes that are Mailroom's are
+    left, each patch that leaves one names one that stays, and of cards only the parts that are
+    Mailroom's to change are changed; nothing is destroyed."""
+    account = server.account
+    foreign = {box.id for box in account.mailboxes.values() if box.name in FOREIGN}
+    inbox = account.mailbox_id("Inbox")
+    for call in server.calls("Email/set"):
+        assert not call.get("destroy")
+        assert not call.get("create")
+        for patch in call["update"].values():
+            assert patch, "an empty patch"
+            assert all(re.fullmatch(r"mailboxIds/[^/]+", path) for path in patch)
+            taken = {path.partition("/")[2] for path, stays in patch.items() if stays is None}
+            added = {path.partition("/")[2] for path, stays in patch.items() if stays is True}
+            assert len(taken) + len(added) == len(patch)
+            assert added, f"{patch} names no mailbox that stays"
+            assert not taken & foreign, f"{patch} takes a mail out of the user's own mailbox"
+            assert inbox not in taken
+    for call in server.calls("ContactCard/set"):
+        assert not call.get("destroy")
+        for patch in (call.get("update") or {}).values():
+            assert patch, "an empty patch"
+            assert all(CARD_PATHS.fullmatch(path) for path in patch), patch
+
+
+class Scene:
+    """An account and a triage, used as `with Scene(options) as scene:`. At the end all the promises
+    are checked, and that one more cycle is a single request that writes nothing."""
+
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        categories: Iterable[str] = CATEGORIES,
+        connect: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.server = JMAPServer.with_mailroom_account(options, categories)
+        self.account = self.server.account
+        self.account.add_mailbox("Mine")
+        self.triage = new_triage(settings_for(self.server, **settings))
+        self.removed: set[str] = set()
+        self.last: list[Request] = []
+        self.most_idle = 1
+        self._connect = connect
+
+    def __enter__(self) -> "Scene":
+        if self._connect:
+            self.cycle()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.check()
+        finally:
+            self.server.stop()
+
+    # What happens
+
+    def cycle(self) -> dict[str, str]:
+        """One cycle; {sender: why it failed}. `last` are its requests."""
+        start = len(self.server.requests)
+        try:
+            return self.triage.run()
+        finally:
+            self.last = self.server.requests[start:]
+
+    def heal(self, cycles: int = 4) -> None:
+        """Cycles, as the service would run them, until one has gone well."""
+        for _ in range(cycles):
+            with suppress(mailroom.MailroomError):
+                if not self.cycle():
+                    return
+        raise AssertionError(f"{cycles} cycles did not heal it")
+
+    def tap(self, mail_id: str, *labels: str) -> None:
+        self.account.label(mail_id, *labels)
+
+    def new_sender(self, sender: str, mails: int = 1, box: str = "Screener") -> list[str]:
+        return [self.account.deliver(sender, [box], subject=f"mail {n}") for n in range(mails)]
+
+    def remove_mail(self, mail_id: str) -> None:
+        """The user deletes a mail for good."""
+        self.removed.add(mail_id)
+        self.account.remove_mail(mail_id)
+
+    # What is there
+
+    def boxes(self, mails: Iterable[str]) -> list[set[str]]:
+        return [self.account.mailboxes_of(mail) for mail in mails]
+
+    def the_contact(self, address: str) -> JSON:
+        (card,) = self.account.contacts_of(address)
+        return card
+
+    def notes(self, address: str) -> list[str]:
+        notes = self.the_contact(address).get("notes", {}).values()
+        return [line for note in notes for line in note["note"].splitlines()]
+
+    def labelled(self) -> set[str]:
+        """The mails under any triage label."""
+        return {
+            mail
+            for box in self.account.mailboxes.values()
+            if box.name.startswith("@To")
+            for mail in box.mails
+        }
+
+    # What has to hold
+
+    def check(self) -> None:
+        self.check_idle()
+        check_account(self.server, self.removed)
+
+    def check_idle(self) -> None:
+        """A cycle right after a cycle asks one thing and writes nothing."""
+        writes = len(self.server.writes)
+        assert self.cycle() == {}
+        methods = [request.methods for request in self.last]
+        assert 1 <= len(methods) <= self.most_idle, methods
+        assert not any(name.endswith("/set") for names in methods for name in names)
+        assert len(self.server.writes) == writes
+
+
+def check_account(server: JMAPServer, removed: Iterable[str] = ()) -> None:
+    """No mail was lost, no contact doubled, nothing of the user's touched, and the test server is
+    well. `removed`: the mails that the user deleted."""
+    account = server.account
+    lost = {id_ for id_, _, _, alive in account.histories["Email"].since(0) if not alive}
+    assert lost <= set(removed), "mails were lost"
+    assert all(mail.mailboxes for mail in account.mails.values())
+    for card in account.cards.values():
+        if mailroom.CREATED_NOTE in json.dumps(card.get("notes", {})):
+            for email in card["emails"].values():
+                assert len(account.contacts_of(email["address"])) == 1, "a second contact"
+    check_wire(server)
+    assert server.crashes == []
+
+
+# The service
+
+
+SAMPLE = re.compile(
+    r"([a-zA-Z_:][a-zA-Z0-9_:]*)"
+    r'(\{(?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*",?)*\})?'
+    r" ([+-]?(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|Inf|NaN))(?: -?\d+)?"
+)
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """The samples of a page in the Prometheus text format 0.0.4, which is to be perfect."""
+    assert text.endswith("\n")
+    types: dict[str, str] = {}
+    samples: dict[str, float] = {}
+    current = ""
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            continue
+        if declared := re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram|summary)", line):
+            current = declared[1]
+            assert current not in types, "two TYPE lines, or samples apart"
+            types[current] = declared[2]
+            continue
+        sample = SAMPLE.fullmatch(line)
+        assert sample, line
+        assert sample[1] == current, f"{line} is not under its TYPE"
+        assert (types[current] == "counter") == current.endswith("_total")
+        key = sample[1] + (sample[2] or "")
+        assert key not in samples, "twice"
+        samples[key] = float(sample[3])
+    return samples
+
+
+class Running:
+    """A service in this process, with its log."""
+
+    def __init__(self, server: JMAPServer, settings: mailroom.MailroomSettings) -> None:
+        self.server, self.settings = server, settings
+        self.service = mailroom.Service(settings)
+        self.output = io.StringIO()
+        self.greenlet: gevent.Greenlet[..., int] = gevent.spawn(self.service.run)
+
+    def page(self, path: str = "/healthz", method: str = "GET") -> tuple[int, str]:
+        """(status, body) of a page of the health server, without the server."""
+        statuses: list[str] = []
+        asked = {"PATH_INFO": path, "REQUEST_METHOD": method}
+        body = self.service.health(asked, lambda status, _: statuses.append(status))
+        return int(statuses[0].split()[0]), b"".join(body).decode()
+
+    @property
+    def health(self) -> JSON:
+        return dict(json.loads(self.page()[1]))
+
+    @property
+    def triggers(self) -> Counter[str]:
+        """How many cycles there were, by what triggered them."""
+        counts: Counter[str] = Counter()
+        for sample, value in parse_metrics(self.page("/metrics")[1]).items():
+            if labels := re.fullmatch(r'mailroom_cycles_total\{.*trigger="(\w+)".*\}', sample):
+                counts[labels[1]] += int(value)
+        return counts
+
+    @property
+    def cycles(self) -> int:
+        return self.triggers.total()
+
+    @property
+    def failures(self) -> int:
+        return int(self.health["consecutive_failures"])
+
+    @property
+    def log(self) -> list[JSON]:
+        """What was logged; each record is a line of JSON."""
+        return [json.loads(line) for line in self.output.getvalue().splitlines()]
+
+    def events(self, level: str) -> list[JSON]:
+        return [entry for entry in self.log if entry["level"] == level]
+
+    def wait_for_cycles(self, more: int, seconds: float = 5) -> None:
+        """Lets the service run until there were so many further cycles."""
+        goal = self.cycles + more
+        self.server.wait_for(lambda: self.cycles >= goal, seconds)
+
+    def wait_until_quiet(self) -> None:
+        """Lets the service run until it has asked nothing for more than a window."""
+        count = -1
+        with gevent.Timeout(10, AssertionError("it never is quiet")):
+            while count != len(self.server.requests):
+                count = len(self.server.requests)
+                gevent.sleep(self.settings.debounce_seconds + 0.1)
+
+    def stop(self) -> int:
+        self.service.shutdown.set()
+        return self.greenlet.get(timeout=5)
+
+    def status(self, seconds: float = 5) -> int:
+        """The exit status of a service that ends by itself."""
+        return self.greenlet.get(timeout=seconds)
+
+
+@contextmanager
+def running(server: JMAPServer, **changes: Any) -> Iterator[Running]:
+    """A service on this account; it is stopped at the end, and must not have ended before."""
+    settings = settings_for(server, **{"log_format": "json", "log_level": "debug", **changes})
+    log, before = mailroom.LOG, mailroom.LOG.handlers[:]
+    run = Running(server, settings)
+    handler = logging.StreamHandler(run.output)
+    handler.setFormatter(mailroom.LogFormatter(settings))
+    log.handlers[:] = [handler]
+    log.setLevel(settings.log_level.upper())
+    try:
+        yield run
+        if not run.greenlet.ready():
+            assert run.stop() == 0
+    finally:
+        run.greenlet.kill()
+        log.handlers[:] = before
+
+
+@contextmanager
+def process(
+    server: JMAPServer, output: Path, **environment: object
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The program as a user starts it; its output goes to a file. It is killed at the end."""
+    given = {"jmap_url": server.session_url, "jmap_token": server.options.token, "health_port": 0}
+    given |= {"log_level": "debug", "debounce_seconds": 0.05, **environment}
+    variables = {f"MAILROOM_{name.upper()}": str(value) for name, value in given.items()}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
+    with output.open("wb") as file:
+        started = subprocess.Popen(
+            [sys.executable, str(PROGRAM)], env=kept | variables, stdout=file, stderr=file
+        )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def free_port() -> int:
+    """A port on loopback that no one listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def nth_request(server: JMAPServer, nth: int, do: Callable[[], Any], kinds: str = "api") -> None:
+    """Has the server do what `do` returns (a Fault) to the nth request of a kind from now."""
+    seen = [0]
+
+    def answer(_: int, request: Request) -> Any:
+        seen[0] += request.kind == kinds
+        return do() if request.kind == kinds and seen[0] == nth else None
+
+    server.on_request = answer
