@@ -2041,7 +2041,7 @@ class StateChain:
 # ------------------------------------------------------------------------------------------------
 
 MAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt")
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SENDERS_AT_ONCE = 50
 NEWEST_IN_SCREENER = 100
 EMAIL_STATE: Call = ("Email/get", {"ids": []})

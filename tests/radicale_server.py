@@ -40,6 +40,7 @@ htpasswd_encryption = plain
 delay = 0
 [storage]
 filesystem_folder = {home}/collections
+_filesystem_fsync = False
 [logging]
 level = info
 """

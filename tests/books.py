@@ -1,0 +1,243 @@
+"""Address books for tests: on the embedded JMAP server, on Radicale and on Cyrus, each with
+Mailroom's way to its cards, that of the user's phone, and a mail account beside it."""
+
+import urllib.parse
+import uuid
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import requests
+import vobject  # type: ignore[import-untyped]
+from cyrus_server import CyrusServer
+from jmap_server import JMAPServer, Options
+from radicale_server import RadicaleServer
+
+import mailroom
+from mailroom import Card, CardDAVContacts, JMAPContacts, canonical_uid, credentials
+
+CATEGORIES = (
+    "Imbox",
+    {"name": "Person", "parent": "Imbox", "contact_type": "person"},
+    "Feed",
+    "Jail",
+)
+GROUPS = ("Imbox", "Person", "Feed", "Jail", "Mailroom")
+PHONE = "+1 555 0100"
+LIST_ALL = """<C:addressbook-query xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav">
+<D:prop><C:address-data/></D:prop><C:filter/></C:addressbook-query>"""
+V4_TYPE = {"Accept": "text/vcard; version=4.0"}
+
+
+class Seen(NamedTuple):
+    """A card as its server shows it to anyone."""
+
+    name: str
+    emails: frozenset[str] = frozenset()
+    note: str = ""
+    kind: str = "person"
+    members: frozenset[str] = frozenset()
+    phones: frozenset[str] = frozenset()
+
+
+class Book(Protocol):
+    """An address book with Mailroom's way to it, `contacts`, and that of the user's phone."""
+
+    contacts: Any
+    mail: JMAPServer
+    settings: dict[str, Any]
+
+    def read(self, *addresses: str) -> list[Card]:
+        """The cards that Mailroom gets to see."""
+
+    def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
+        """A contact; its uid."""
+
+    def add_group(self, name: str, *members: str) -> str:
+        """A group; its uid."""
+
+    def meddle(self, uid: str) -> None:
+        """Someone else gives a card a telephone number."""
+
+    def remove(self, uid: str) -> None:
+        """Someone else deletes a card."""
+
+    def seen(self) -> dict[str, Seen]:
+        """All cards by their uids."""
+
+    def twin(self) -> Any:
+        """A second Mailroom's way to it, which has read the cards."""
+
+
+class JMAPBook:
+    """In an account of the embedded server."""
+
+    def __init__(self, options: Options) -> None:
+        self.mail = JMAPServer.with_mailroom_account(options, GROUPS[:-1])
+        self.account = self.mail.account
+        for group in [*self.account.groups]:
+            self.account.remove_card(group)
+        self.settings: dict[str, Any] = {}
+        self.client = mailroom.JMAPClient(options.token, self.mail.session_url)
+        self.client.connect()
+        self.contacts = JMAPContacts(self.client)
+        self.contacts.prepare()
+
+    def twin(self) -> JMAPContacts:
+        contacts = JMAPContacts(self.client)
+        contacts.prepare()
+        calls, queries = contacts.questions([])
+        contacts.cards([], *self.client.fetch(queries, calls))
+        return contacts
+
+    def read(self, *addresses: str) -> list[Card]:
+        calls, queries = self.contacts.questions(addresses)
+        answers, found = self.client.fetch(queries, calls)
+        return self.contacts.cards(addresses, answers, found)
+
+    def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
+        emails = {f"e{n}": {"address": address} for n, address in enumerate(addresses)}
+        notes = {} if note is None else {"x": {"note": note}}
+        named = {"name": {"full": name}} if name else {}
+        card = {"kind": "individual", **named, "emails": emails, "notes": notes}
+        return str(self.account.cards[self.account.new_card(card)]["uid"])
+
+    def add_group(self, name: str, *members: str) -> str:
+        return str(self.account.cards[self.account.add_group(name, members)]["uid"])
+
+    def meddle(self, uid: str) -> None:
+        card = self.account.cards[self.account.by_uid[uid]]
+        self.account.put_card({**card, "phones": {"p1": {"number": PHONE}}})
+
+    def remove(self, uid: str) -> None:
+        self.account.remove_card(self.account.by_uid[uid])
+
+    def seen(self) -> dict[str, Seen]:
+        return {
+            uid: self._seen(self.account.cards[key]) for uid, key in self.account.by_uid.items()
+        }
+
+    def _seen(self, card: Mapping[str, Any]) -> Seen:
+        kinds = {"group": "group", "org": "company"}
+        return Seen(
+            card.get("name", {}).get("full", ""),
+            frozenset(email["address"] for email in card.get("emails", {}).values()),
+            "\n".join(note["note"] for note in card.get("notes", {}).values()),
+            kinds.get(card["kind"], "person"),
+            frozenset(card.get("members", {})),
+            frozenset(phone["number"] for phone in card.get("phones", {}).values()),
+        )
+
+
+class DAVBook:
+    """On a CardDAV server. `version_4`: the groups in it are vCards 4.0, else of the Apple kind."""
+
+    def __init__(self, origin: str, url: str, login: tuple[str, str], version_4: bool) -> None:
+        self.origin, self.url, self.login, self.version_4 = origin, url, login, version_4
+        self.mail = JMAPServer.with_mailroom_account(Options(has_contacts=False), GROUPS[:-1])
+        names = ("carddav_url", "carddav_username", "carddav_password")
+        self.settings = dict(zip(names, (origin, *login), strict=True))
+        self.http = requests.Session()
+        self.http.trust_env, self.http.auth = False, login
+        self.contacts = self.connected(origin)
+
+    def connected(self, url: str) -> CardDAVContacts:
+        user, password = self.login
+        contacts = CardDAVContacts(url, credentials(password, user), bool)
+        contacts.prepare()
+        return contacts
+
+    def twin(self) -> CardDAVContacts:
+        return self.connected(self.origin)
+
+    def ask(self, method: str, url: str, body: str = "", **headers: str) -> requests.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        reply = self.http.request(method, url, data=body.encode(), headers=named, timeout=10)
+        reply.raise_for_status()
+        return reply
+
+    def put(self, name: str, *lines: str, version: str = "3.0") -> str:
+        """A card of these lines; its URL."""
+        url = self.url + name
+        text = "\r\n".join(["BEGIN:VCARD", f"VERSION:{version}", *lines, "END:VCARD", ""])
+        self.ask("PUT", url, text, Content_Type=f"text/vcard; charset=utf-8; version={version}")
+        return url
+
+    def get(self, url: str) -> str:
+        """A card as it is kept."""
+        text = self.ask("GET", url).content.decode()
+        if "x-addressbookserver-kind" in text:  # Cyrus shows a vCard 4.0 as 3.0
+            text = self.ask("GET", url, **V4_TYPE).content.decode()
+        return text
+
+    def read(self, *addresses: str) -> list[Card]:
+        return self.contacts.cards(addresses, [], [])
+
+    def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
+        uid = str(uuid.uuid4())
+        emails = [f"EMAIL;TYPE=INTERNET:{address}" for address in addresses]
+        notes = [] if note is None else ["NOTE:" + note.replace("\n", "\\n")]
+        self.put(f"{uid}.vcf", f"UID:{uid}", f"FN:{name}", f"N:;{name};;;", *emails, *notes)
+        return canonical_uid(uid)
+
+    def add_group(self, name: str, *members: str) -> str:
+        uid, prefix = str(uuid.uuid4()), "" if self.version_4 else "X-ADDRESSBOOKSERVER-"
+        kind = [f"{prefix}KIND:group", *(f"{prefix}MEMBER:{member}" for member in members)]
+        version = "4.0" if self.version_4 else "3.0"
+        lines = [f"UID:{uid}", f"FN:{name}", f"N:{name};;;;", *kind]
+        self.put(f"{uid}.vcf", *lines, version=version)
+        return canonical_uid(uid)
+
+    def url_of(self, uid: str) -> str:
+        [url] = [url for url, card in self._parsed() if canonical_uid(card.uid.value) == uid]
+        return url
+
+    def meddle(self, uid: str) -> None:
+        url = self.url_of(uid)
+        text = self.get(url).replace("END:VCARD", f"TEL:{PHONE}\r\nEND:VCARD")
+        self.ask("PUT", url, text, Content_Type="text/vcard; charset=utf-8")
+
+    def remove(self, uid: str) -> None:
+        self.ask("DELETE", self.url_of(uid))
+
+    def _parsed(self) -> Iterator[tuple[str, Any]]:
+        """(URL, card) of all that are there; vCards 4.0 may be shown as 3.0."""
+        reply = self.ask("REPORT", self.url, LIST_ALL, Content_Type="application/xml", Depth="1")
+        for response in ET.fromstring(reply.content).iter("{DAV:}response"):  # noqa: S314
+            url = urllib.parse.urljoin(self.url, response.findtext("{DAV:}href"))
+            yield url, vobject.readOne(response.findtext(".//{*}address-data"))
+
+    def seen(self) -> dict[str, Seen]:
+        cards = [card for _, card in self._parsed()]
+        found = {canonical_uid(card.uid.value): self._seen(card.contents) for card in cards}
+        assert len(found) == len(cards), "a uid comes twice"
+        return found
+
+    def _seen(self, contents: Mapping[str, Any]) -> Seen:
+        def values(*names: str) -> list[str]:
+            return [str(one.value) for name in names for one in contents.get(name, ())]
+
+        groups = values("kind", "x-addressbookserver-kind")
+        return Seen(
+            "".join(values("fn")),
+            frozenset(values("email")),
+            "\n".join(values("note")),
+            "group" if groups else "company" if "org" in contents else "person",
+            frozenset(map(canonical_uid, values("member", "x-addressbookserver-member"))),
+            frozenset(values("tel")),
+        )
+
+
+def radicale_book(server: RadicaleServer, version_4: bool = False) -> DAVBook:
+    """Its address book, empty again."""
+    login = (server.username, server.password)
+    server.http.delete(server.addressbook_url).raise_for_status()
+    server.make_addressbook(server.addressbook)
+    return DAVBook(server.url, server.addressbook_url, login, version_4)
+
+
+def cyrus_book(server: CyrusServer, version_4: bool = False) -> DAVBook:
+    """A new user's address book."""
+    user = server.add_user(f"alice{uuid.uuid4().hex}")
+    login = (user.username, user.password)
+    return DAVBook(f"{server.origin}/", user.addressbook_url, login, version_4)
