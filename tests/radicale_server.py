@@ -40,7 +40,6 @@ htpasswd_encryption = plain
 delay = 0
 [storage]
 filesystem_folder = {home}/collections
-_filesystem_fsync = False
 [logging]
 level = info
 """
