@@ -368,8 +368,9 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
             return value
     except MALFORMED:
         value = overrides.get(name, os.environ.get(variable))
-    source = os.environ.get(f"{variable}_FILE")
-    shown = (f" (in the file {source!r})" if source else "") if row.secret else f"={value!r}"
+    source = os.environ.get(f"{variable}_FILE", "")
+    # Without a slash it may be the secret itself, given in the wrong variable.
+    shown = (f" (in the file {source!r})" if "/" in source else "") if row.secret else f"={value!r}"
     raise ConfigurationError(f"{variable}{shown}: give {row.accepts}")
 
 
@@ -896,7 +897,7 @@ MAIL = "urn:ietf:params:jmap:mail"
 CONTACTS = "urn:ietf:params:jmap:contacts"
 SUBMISSION = "urn:ietf:params:jmap:submission"
 MAX_PAGE = 4096
-SESSION_URLS = ("apiUrl", "eventSourceUrl")
+SESSION_URLS = ("apiUrl", "eventSourceUrl", "downloadUrl", "uploadUrl")
 NAME_PARTS = ("given", "given2", "surname")
 JMAP_REMEDY = (
     "Make a token with the scopes Mail and Contacts (at Fastmail: Settings - Privacy & Security - "
@@ -1785,7 +1786,7 @@ def event_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
     lines: list[str] = []
-    rest, after_cr = "", False
+    rest, after_cr, size = "", False, 0
     for chunk in chunks:
         text = decoder.decode(chunk)
         if not text:
@@ -1796,10 +1797,11 @@ def event_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
         for line in whole:
             if line and not line.startswith(":"):
                 lines.append(line)
+                size += len(line)
             elif lines and not line:
                 yield "\n".join([*lines, "data:", "", ""]).encode()
-                lines = []
-        if len(rest) + sum(map(len, lines)) > MAX_EVENT_CHARACTERS:
+                lines, size = [], 0
+        if len(rest) + size > MAX_EVENT_CHARACTERS:
             raise StreamEnd(f"an event has more than {MAX_EVENT_CHARACTERS} characters")
 
 
@@ -1828,13 +1830,14 @@ class EventStream:
         self._quiet_limit = QUIET_LIMIT
         self._attempt = 0
         self._opened = 0.0
-        self._heard = False
+        self._heard: set[str] = set()
         self._proven = False
 
     def run(self, on_open: Callable[[], object], on_state: Callable[[str], object]) -> None:
         """One connection, to its end: raises Quiet or StreamEnd. `on_state` gets the data of each
         `state` event."""
         self.status.status = "connecting"
+        reason = "the server closed it"
         with self._connect() as response:
             self._note_open()
             on_open()
@@ -1843,9 +1846,11 @@ class EventStream:
                     self._take(event)
                     if event.event == "state":
                         on_state(event.data.strip())
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                reason = f"it broke off: {network_reason(error)}"
             finally:
                 self._note_end()
-        raise StreamEnd("the server closed it", logging.DEBUG if self._proven else logging.WARNING)
+        raise StreamEnd(reason, logging.DEBUG if self._proven else logging.WARNING)
 
     def next_delay(self, at_least: float) -> float:
         """The seconds to wait after a stream has ended."""
@@ -1869,17 +1874,14 @@ class EventStream:
         """The bytes as they arrive: `read1` does not wait for a buffer to fill."""
         while True:
             with gevent.Timeout(self._quiet_limit, Quiet(f"{self._quiet_limit:g} seconds")):
-                try:
-                    chunk = response.raw.read1(2**16)
-                except (urllib3.exceptions.HTTPError, OSError) as error:
-                    raise StreamEnd(f"it broke off: {network_reason(error)}") from None
+                chunk = response.raw.read1(2**16)
             if not chunk:
                 return
             yield chunk
 
     def _take(self, event: Any) -> None:
         if event.event in ("state", "ping"):
-            self._heard = True
+            self._heard.add(event.event)
             self.status.last_event_at = now_iso()
         if event.event == "ping":
             self._quiet_limit = quiet_limit(event.data)
@@ -1891,15 +1893,15 @@ class EventStream:
     def _note_open(self) -> None:
         self.status.reconnect_count += bool(self._opened)
         self.status.status, self.status.connected_since = "connected", now_iso()
-        self._opened, self._heard = time.monotonic(), False
+        self._opened, self._heard = time.monotonic(), set()
 
     def _note_end(self) -> None:
-        """A stream that proved healthy earns the first delay again. One that never spoke may be
-        waiting for an event id that is not to come (a server restored from a backup)."""
-        self._proven = self._heard or time.monotonic() - self._opened >= PROVEN_SECONDS
+        """A stream that proved healthy earns the first delay again. One without a `state` may wait
+        for an event id that is not to come (the server was restored from a backup)."""
+        self._proven = bool(self._heard) or time.monotonic() - self._opened >= PROVEN_SECONDS
         if self._proven:
             self._attempt = 0
-        if not self._heard:
+        if "state" not in self._heard:
             self._last_event_id = ""
 
 
