@@ -12,7 +12,7 @@ The labels are the queue, the mails and contact groups are the state; nothing is
                                                                        +--> one triage cycle
     poll timer (fallback, and a safety net while push is up) ----------+
 
-A cycle reads the mailbox as it is (`Triage.read`), decides with pure functions (`plan_sender`) and
+A cycle reads the mailbox as it is, decides with pure functions (`plan_sender`) and
 then writes in an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts,
 mails, and last the label. Whatever was missed or failed, the next cycle sees.
 
@@ -45,7 +45,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
-from itertools import combinations
+from itertools import combinations, count
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
@@ -375,6 +375,65 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------
+# Logs
+# ------------------------------------------------------------------------------------------------
+
+# What may end a line, or write to a terminal's own ends.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# What a server says is cut early to save memory, and cut to be read when it is shown.
+MAX_SAID = 10_000
+MAX_SHOWN = 500
+
+
+def now_iso() -> str:
+    """The time as RFC 3339 has it, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def fields(**values: Any) -> JSON:
+    """What goes with a log message, as the `extra` of a logging call."""
+    return {"fields": values}
+
+
+class LogFormatter(logging.Formatter):
+    """A record as one line: JSON for programs, or text for people; no secret gets through."""
+
+    def __init__(self, settings: MailroomSettings) -> None:
+        super().__init__()
+        self._as_json = settings.log_format == "json"
+        self._redact = settings.redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        values = {"event": record.getMessage(), **getattr(record, "fields", {})}
+        values = {key: self._shown(value) for key, value in values.items()}
+        level = record.levelname.lower()
+        trace = self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
+        if self._as_json:
+            traceback = {"traceback": trace} if trace else {}
+            return json.dumps({"time": now_iso(), "level": level, **values, **traceback})
+        event = CONTROLS.sub(" ", values.pop("event"))
+        told = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {told}".rstrip()
+        return "\n".join(filter(None, [line, trace]))
+
+    def _shown(self, value: Any) -> Any:
+        """A text without secrets, and short enough: in this order, or half a secret would stay."""
+        if not isinstance(value, str):
+            return value
+        value = self._redact(value)
+        return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
+
+
+def start_logging(settings: MailroomSettings) -> None:
+    """Send the log to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(settings))
+    LOG.handlers[:] = [handler]
+    LOG.propagate = False
+    LOG.setLevel(settings.log_level.upper())
+
+
+# ------------------------------------------------------------------------------------------------
 # The triage rules: plain values in, plain values out
 # ------------------------------------------------------------------------------------------------
 
@@ -554,11 +613,8 @@ def error_patches(
 def contact_uid(address: str, taken: Collection[str] = ()) -> str:
     """The uid of a new contact for an address. It is always the same, so that no server makes the
     contact twice; or the next in line where the user gave that contact another address."""
-    for n in range(len(taken) + 1):
-        uid = uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{address}?mailroom={n}").urn
-        if uid not in taken:
-            break
-    return uid
+    uids = (uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{address}?mailroom={n}").urn for n in count())
+    return next(uid for uid in uids if uid not in taken)
 
 
 def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]) -> Card | None:
@@ -573,7 +629,7 @@ def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]
 
 
 def full_name(display_name: str) -> str:
-    """A display name as it is said: white space folded, `Last, First` turned round."""
+    """A person's display name as it is said: white space folded, `Last, First` turned round."""
     name = " ".join(display_name.split())
     last, comma, first = name.partition(", ")
     return f"{first} {last}" if comma and not re.search("[ ,]", first + last) else name
@@ -593,15 +649,17 @@ def plan_contact(
     managed = [card for card in contacts if rules.is_managed(card)]
     found = find_contact(sender, (card for card in contacts if not card.is_group), managed)
     triaged = f"Triaged to {category.contact_group} on {rules.today.isoformat()}"
+    is_person = category.contact_type == "person"
+    name = full_name(display_name) if is_person else " ".join(display_name.split())
     if found:
-        name = "" if found.name else full_name(display_name)
+        name = "" if found.name else name
         note = () if triaged in found.note_lines else (triaged,)
         return CardChange(found.uid, found, name=name, note=note)
     return CardChange(
         contact_uid(sender, {card.uid for card in contacts}),
         address=sender,
-        name=full_name(display_name) or sender,
-        is_person=category.contact_type == "person",
+        name=name or sender,
+        is_person=is_person,
         note=(CREATED_NOTE, triaged),
     )
 
@@ -691,9 +749,6 @@ READ_TIMEOUT = 60.0
 MAX_REPLY_BYTES = 64 * 2**20
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 3600.0
-# What a server says is cut here to save memory; only what is shown of it is cut to be read.
-MAX_SAID = 10_000
-MAX_SHOWN = 500
 
 
 class BearerAuth(AuthBase):
@@ -715,7 +770,7 @@ def credentials(token: str, username: str = "") -> AuthBase:
 def as_text(value: Any) -> str:
     """The value, which is to be a text. Raises TypeError."""
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no text")
+        raise TypeError(f"{value!r} is no text")
     return value
 
 
@@ -745,11 +800,12 @@ class HTTPClient:
     def __init__(
         self, auth: AuthBase, stopping: Callable[[], bool] = bool, remedy: str = ""
     ) -> None:
-        self.count = 0
         self._auth = auth
         self._stopping = stopping
         self._remedy = remedy
         self._session = requests.Session()
+        # It would read a redirect's body, however long, to prepare a request that no one makes.
+        self._session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
 
     def open(
@@ -772,7 +828,6 @@ class HTTPClient:
                 raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
             # Plain http goes to this machine only, which is nothing for a proxy to see.
             self._session.trust_env = url.startswith("https:")
-            self.count += 1
             try:
                 response = self._session.request(
                     method,
@@ -850,20 +905,10 @@ def same_origin(url: str, location: str) -> str:
 
 
 def network_reason(error: BaseException) -> str:
-    """Why a request failed, in one line: what the system says, else what the library does."""
-    chain = [error]
-    while (
-        inner := getattr(chain[-1], "reason", None) or chain[-1].__cause__ or chain[-1].__context__
-    ):
-        if not isinstance(inner, BaseException):
-            break
-        chain.append(inner)
-    for each in reversed(chain):
-        if said := getattr(each, "strerror", None):
-            return str(said)
-        if type(each).__module__ != "builtins":
-            break
-    return " ".join(str(each).split())
+    """Why a request failed, in one line: what the innermost error says."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def problem_detail(body: bytes) -> str:
@@ -1037,6 +1082,7 @@ class JMAPClient:
         if unsafe := [url for url in urls.values() if not is_safe_url(url)]:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
         self._session, self._accounts, self._urls, self.limits = session, accounts, urls, limits
+        self.stale = False
         self._state_seen = self._state_seen or str(session.get("state", ""))
 
     @property
@@ -1061,8 +1107,9 @@ class JMAPClient:
         own = {str(self._session.get("username") or "")}
         if self.account(SUBMISSION):
             [[answer]] = self.send([[("Identity/get", {"ids": None})]])
-            identities = [] if isinstance(answer, MethodError) else answer.get("list") or []
-            own |= {str(identity.get("email")) for identity in identities}
+            with understood("Identity/get"):
+                identities = [] if isinstance(answer, MethodError) else answer["list"]
+                own |= {str(identity.get("email")) for identity in identities}
         return frozenset(address.lower() for address in own)
 
     def account(self, capability: str) -> JSON:
@@ -1115,38 +1162,34 @@ class JMAPClient:
     ) -> tuple[list[JSON], list[Found]]:
         """The answers to the `first` calls, and for each query the values of all that it finds, or
         its error. All of it goes into one request, and one more for each further page."""
-        pages = [self._page(query, 0) for query in queries]
+        pages = [self._page(query, "") for query in queries]
         replies = self.send([[call] for call in first] + pages)
         answers = [expect(reply[0]) for reply in replies[: len(first)]]
         return answers, list(map(self._all_pages, queries, replies[len(first) :]))
 
     def _all_pages(self, query: Query, reply: Sequence[Answer]) -> Found:
         values: list[Any] = []
-        start = 0
         try:
             while True:
-                page, start = read_page(query, start, reply)
+                page, last = read_page(query, reply)
                 values += page
-                if not start:
+                if not last:
                     return values
-                [reply] = self.send([self._page(query, start)])
+                [reply] = self.send([self._page(query, last)])
         except MethodError as error:
             return error
 
-    def _page(self, query: Query, start: int) -> list[Call]:
+    def _page(self, query: Query, after: str) -> list[Call]:
+        """The calls for the page after an id. By position, a page would leave something out when
+        something before it goes away meanwhile."""
         most = min(self.limits["maxObjectsInGet"], MAX_PAGE)
-        limit = min(query.newest or most, most)
-        asked: JSON = {
-            "filter": query.filter,
-            "position": start,
-            "limit": limit,
-            "calculateTotal": True,
-        }
+        start: JSON = {"anchor": after, "anchorOffset": 1} if after else {"position": 0}
+        asked = {"filter": query.filter, "limit": min(query.newest or most, most), **start}
         if query.type == "Email":
             asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
         ids = {"name": f"{query.type}/query", "path": "/ids"}
         return [
-            (f"{query.type}/query", asked),
+            (f"{query.type}/query", {"calculateTotal": True, **asked}),
             (f"{query.type}/get", {"#ids": ids, "properties": list(query.properties)}),
         ]
 
@@ -1157,14 +1200,16 @@ def capability_of(method: str) -> str:
     return owners.get(method.partition("/")[0], MAIL)
 
 
-def read_page(query: Query, start: int, reply: Sequence[Answer]) -> tuple[list[Any], int]:
-    """(the values on a page, the position of the next page or 0). Raises ServerError."""
+def read_page(query: Query, reply: Sequence[Answer]) -> tuple[list[Any], str]:
+    """(the values on a page, the last id if there are more pages). Raises ServerError. A server
+    that does not tell the total is asked until a page is empty."""
     asked, got = map(expect, reply)
     with understood(f"{query.type}/query"):
         values = [value for value in map(query.parse, got["list"]) if value is not None]
-        end = start + len(asked["ids"])
-        more = asked["ids"] and not query.newest and end < asked.get("total", end + 1)
-    return values, end if more else 0
+        ids = asked["ids"]
+        end = asked["position"] + len(ids)
+        more = ids and not query.newest and end < asked.get("total", end + 1)
+        return values, as_text(ids[-1]) if more else ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1175,17 +1220,7 @@ NO_CONTACTS = (
     "the token gives no access to contacts: make one with the contacts scope, "
     "or set MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
 )
-CARD_PROPERTIES = [
-    "id",
-    "uid",
-    "kind",
-    "name",
-    "organizations",
-    "emails",
-    "notes",
-    "created",
-    "members",
-]
+CARD_PROPERTIES = "id,uid,kind,name,organizations,emails,notes,created,members"
 
 
 class ContactStore(Protocol):
@@ -1234,7 +1269,7 @@ class JMAPContacts:
         wanted += [{"uid": contact_uid(address)} for address in addresses]
         filters = [any_of(wanted)] if addresses else []
         queries = [
-            Query("ContactCard", filter_, CARD_PROPERTIES, jmap_card)
+            Query("ContactCard", filter_, CARD_PROPERTIES.split(","), jmap_card)
             for filter_ in [{"kind": "group"}, *filters]
         ]
         return [("ContactCard/get", {"ids": []})], queries
@@ -1273,7 +1308,9 @@ class JMAPContacts:
 def jmap_card(raw: JSON) -> Card:
     """A Card from a ContactCard (RFC 9553)."""
     name = raw.get("name") or {}
-    parts = [part["value"] for part in name.get("components") or [] if part["kind"] in NAME_PARTS]
+    components = name.get("components") or []
+    parts = [part["value"] for part in components if part["kind"] in NAME_PARTS]
+    parts = parts or [part["value"] for part in components]
     firms = [firm.get("name") for firm in (raw.get("organizations") or {}).values()]
     emails = (email["address"] for email in (raw.get("emails") or {}).values())
     return Card(
@@ -1360,13 +1397,7 @@ class Property(NamedTuple):
 
 def vcard_lines(text: str) -> list[str]:
     """The content lines as they stand, folds and line ends included (RFC 6350 section 3.2)."""
-    lines: list[str] = []
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        if lines and line[0] in " \t":
-            lines[-1] += line
-        else:
-            lines.append(line)
-    return lines
+    return re.findall(r"[^\n]+(?:\n[ \t][^\n]*)*\n?|\n(?:[ \t][^\n]*\n?)*", text)
 
 
 def vcard_property(line: str) -> Property:
@@ -1497,6 +1528,11 @@ VERSION_4_QUERY = (
     '<C:text-match collation="i;unicode-casemap" match-type="equals">4.0</C:text-match>',
     "</C:prop-filter></C:filter>",
 )
+ALL_CARDS_QUERY = (
+    "<D:prop><D:creationdate/><C:address-data>",
+    *(f'<C:prop name="{name}"/>' for name in LISTED),
+    "</C:address-data></D:prop><C:filter/>",
+)
 DISCOVERED = (
     "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/>"
     "<C:addressbook-home-set/><C:supported-address-data/></D:prop>"
@@ -1510,20 +1546,25 @@ def dav_body(root: str, *elements: str) -> bytes:
     return f"<{root} {declared}>{''.join(elements)}</{root}>".encode()
 
 
-def dav_properties(body: bytes) -> DAVProperties:
-    """{href: {property: element}} of a multistatus (RFC 4918 section 13): those with status 200."""
+def dav_properties(url: str, body: bytes) -> DAVProperties:
+    """{URL: {property: element}} of a multistatus (RFC 4918 section 13): those with status 200.
+    Raises ValueError for a listing that was cut short (RFC 6352 section 8.6.2)."""
     found: DAVProperties = {}
     # The expat that Python brings refuses entities that grow without bound.
     for response in ElementTree.fromstring(body).iter(f"{DAV}response"):  # noqa: S314
-        properties = found.setdefault(response.findtext(f"{DAV}href", "").strip(), {})
+        if " 507" in response.findtext(f"{DAV}status", ""):
+            raise ValueError("the listing is cut short")
+        properties = found.setdefault(href_in(url, response), {})
         for propstat in response.iter(f"{DAV}propstat"):
             if " 200 " in propstat.findtext(f"{DAV}status", "") + " ":
                 properties |= {each.tag: each for each in propstat.findall(f"{DAV}prop/*")}
     return found
 
 
-def href_in(element: ElementTree.Element | None) -> str:
-    return "" if element is None else element.findtext(f"{DAV}href", "").strip()
+def href_in(url: str, element: ElementTree.Element | None) -> str:
+    """The URL in an element, resolved against the one it came from; empty without one."""
+    href = "" if element is None else element.findtext(f"{DAV}href", "").strip()
+    return urljoin(url, href) if href else ""
 
 
 class CardDAVContacts:
@@ -1538,27 +1579,35 @@ class CardDAVContacts:
     def prepare(self) -> None:
         """Find the address books that can be written (RFC 6764 section 6): from the URL to the
         principal, to its home, to what is in it."""
-        url, found = self._first_propfind()
-        here = next(iter(found.values()), {})
-        if not is_address_book(here):
-            if not (home := href_in(here.get(f"{CARD}addressbook-home-set"))):
-                principal = href_in(here.get(f"{DAV}current-user-principal"))
+        found = self._first_propfind()
+        if not any(map(is_address_book, found.values())):
+            home = self._follow(found, f"{CARD}addressbook-home-set")
+            if not home:
+                principal = self._follow(found, f"{DAV}current-user-principal")
                 if not principal:
-                    raise ConfigurationError(f"{url} knows no such user. {CARDDAV_REMEDY}")
-                url, found = self._propfind(urljoin(url, principal), "0")
-                home = href_in(next(iter(found.values()), {}).get(f"{CARD}addressbook-home-set"))
-            url, found = self._propfind(urljoin(url, home), "1")
+                    raise ConfigurationError(f"{self._url} knows no such user. {CARDDAV_REMEDY}")
+                home = self._follow(self._propfind(principal, "0"), f"{CARD}addressbook-home-set")
+            found = self._propfind(home, "1")
         self._books = {
-            urljoin(url, href): has_version_4(each)
-            for href, each in sorted(
+            url: has_version_4(each)
+            for url, each in sorted(
                 found.items(), key=lambda item: "/default" not in item[0].lower()
             )
             if is_address_book(each) and is_writable(each)
         }
         if not self._books:
-            raise ConfigurationError(f"{url} has no address book to write into. {CARDDAV_REMEDY}")
+            raise ConfigurationError(
+                f"{self._url} has no address book to write into. {CARDDAV_REMEDY}"
+            )
 
-    def _first_propfind(self) -> tuple[str, DAVProperties]:
+    def _follow(self, found: DAVProperties, name: str) -> str:
+        """The URL that a property of what was found names; empty without one."""
+        for url, properties in found.items():
+            with understood(url):
+                return href_in(url, properties.get(name))
+        return ""
+
+    def _first_propfind(self) -> DAVProperties:
         """The start of the search. A bare origin may or may not have a well-known URI."""
         if urlsplit(self._url).path in ("", "/"):
             try:
@@ -1568,19 +1617,19 @@ class CardDAVContacts:
                     raise
         return self._propfind(self._url, "0")
 
-    def _propfind(self, url: str, depth: str) -> tuple[str, DAVProperties]:
+    def _propfind(self, url: str, depth: str) -> DAVProperties:
         try:
             return self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED)
         except ServerError as error:
             error.args = (f"MAILROOM_CARDDAV_URL={self._url}: {error}",)
             raise
 
-    def _ask(self, method: str, url: str, depth: str, *body: str) -> tuple[str, DAVProperties]:
-        """A request that a multistatus answers; (the URL that answered, what it says)."""
+    def _ask(self, method: str, url: str, depth: str, *body: str) -> DAVProperties:
+        """A request that a multistatus answers, and what it says."""
         headers = {"Content-Type": DAV_TYPE, "Depth": depth}
         reply = self._http.request(method, url, headers, dav_body(*body), accept=(207,))
         with understood(reply.url):
-            return reply.url, dav_properties(reply.body)
+            return dav_properties(reply.url, reply.body)
 
     def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
         """Nothing: the JMAP server does not know."""
@@ -1593,28 +1642,13 @@ class CardDAVContacts:
         miss (Cyrus 3.6: addresses in property groups), and a contact missed would be doubled."""
         cards: list[Card] = []
         self._version_4 = set()
-        data = [
-            "<C:address-data>",
-            *(f'<C:prop name="{name}"/>' for name in LISTED),
-            "</C:address-data>",
-        ]
         for book, has_version_4 in self._books.items():
-            query = [
-                "C:addressbook-query",
-                "<D:prop><D:creationdate/>",
-                *data,
-                "</D:prop><C:filter/>",
-            ]
-            url, listed = self._ask("REPORT", book, "1", *query)
-            with understood(url):
-                cards += filter(
-                    None, (dav_card(urljoin(url, href), each) for href, each in listed.items())
-                )
+            listed = self._ask("REPORT", book, "1", "C:addressbook-query", *ALL_CARDS_QUERY)
+            with understood(book):
+                cards += filter(None, (dav_card(url, each) for url, each in listed.items()))
             if has_version_4:
-                url, listed = self._ask(
-                    "REPORT", book, "1", "C:addressbook-query", *VERSION_4_QUERY
-                )
-                self._version_4 |= {urljoin(url, href) for href in listed}
+                query = ("C:addressbook-query", *VERSION_4_QUERY)
+                self._version_4 |= self._ask("REPORT", book, "1", *query).keys()
         return cards
 
     def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
@@ -1683,12 +1717,11 @@ def has_version_4(properties: Mapping[str, ElementTree.Element]) -> bool:
     return types is not None and any(each.get("version") == "4.0" for each in types.iter())
 
 
-def dav_card(href: str, properties: Mapping[str, ElementTree.Element]) -> Card | None:
-    """A Card from what a REPORT says of it."""
-    created, data = properties.get(f"{DAV}creationdate"), properties.get(f"{CARD}address-data")
-    if data is None or not data.text:
-        return None
-    return vcard_card(href, data.text, (created.text if created is not None else "") or "")
+def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | None:
+    """A Card from what a REPORT says of it. Raises LookupError when it says nothing."""
+    created = properties.get(f"{DAV}creationdate")
+    data = properties[f"{CARD}address-data"].text or ""
+    return vcard_card(url, data, (created.text if created is not None else "") or "")
 
 
 def contact_store(
@@ -1986,16 +2019,16 @@ def follow(
             shutdown_event.wait(stream.next_delay(end.at_least))
 
 
-class StateChain:
-    """Which states of the account are no news: those that a cycle has read, and those that its own
-    writes led to from there (RFC 8620 sections 1.6.2 and 5.3).
+class SeenStates:
+    """Which states of the account (RFC 8620 section 1.6.2) are no news: those that a reply told
+    before the labels were last looked at, by the cycle's read or along with a write of its own.
 
-    Only an unbroken chain counts: where a write does not start from the state known before it,
-    someone else has changed something too, and every event is news until the next read.
+    A write's `oldState` would not do: a server may write one mail after the other, and a tap in
+    between is in the `newState`.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, list[Any]] = {}
+        self._known: set[tuple[str, str]] = set()
         self._events: set[str | None] = set()
 
     def begin(self) -> None:
@@ -2003,15 +2036,12 @@ class StateChain:
         self._events.clear()
         self._known.clear()
 
-    def read(self, type_: str, state: Any) -> None:
-        self._known[type_] = [state]
+    def saw(self, type_: str, state: Any) -> None:
+        self._known.add((type_, str(state)))
 
-    def wrote(self, type_: str, old: Any, new: Any) -> None:
-        chain = self._known.get(type_)
-        if chain and chain[-1] == old:
-            chain.append(new)
-        else:
-            self._known.pop(type_, None)
+    def forget(self) -> None:
+        """The labels are not as the cycle leaves them: every event is news."""
+        self._known.clear()
 
     def connected(self) -> None:
         """Anything may have happened while no one listened, unless the server now says what the
@@ -2032,8 +2062,10 @@ class StateChain:
     def _is_news(self, data: str, account_id: str) -> bool:
         try:
             states = json.loads(data)["changed"][account_id]
-            told = [(type_, states[type_]) for type_ in ("Email", "Mailbox") if type_ in states]
-            return not told or any(state not in self._known.get(type_, ()) for type_, state in told)
+            told = {
+                (type_, str(states[type_])) for type_ in ("Email", "Mailbox") if type_ in states
+            }
+            return not told or not told <= self._known
         except MALFORMED:
             return True
 
@@ -2043,7 +2075,6 @@ class StateChain:
 # ------------------------------------------------------------------------------------------------
 
 MAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt")
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SENDERS_AT_ONCE = 50
 NEWEST_IN_SCREENER = 100
 EMAIL_STATE: Call = ("Email/get", {"ids": []})
@@ -2067,7 +2098,7 @@ def parse_mail(raw: JSON) -> Mail:
 def parse_mailbox(raw: JSON) -> tuple[int, str, str]:
     """(rank, name, id): the Inbox goes by its role, then come the mailboxes at the top, then the
     nested ones."""
-    if raw["role"] == "inbox":
+    if raw.get("role") == "inbox":
         return 0, "Inbox", as_text(raw["id"])
     return 2 if raw.get("parentId") else 1, as_text(raw["name"]), as_text(raw["id"])
 
@@ -2138,19 +2169,22 @@ class Triage:
         settings: MailroomSettings,
         client: JMAPClient,
         contacts: ContactStore,
-        chain: StateChain,
+        seen: SeenStates,
         counts: Counter[str],
     ) -> None:
         self._settings = settings
         self._client = client
         self._contacts = contacts
-        self._chain = chain
+        self._seen = seen
         self._counts = counts
+        self._ready = False
         self._own: frozenset[str] = frozenset()
         self._boxes: Boxes
+        self._queue: dict[str, Mail] = {}
 
     def connect(self) -> None:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
+        self._ready = False
         self._client.connect()
         if self._client.account(MAIL).get("isReadOnly"):
             raise ConfigurationError("the token may only read mail: make one that may write it")
@@ -2167,14 +2201,14 @@ class Triage:
         logins = {self._settings.jmap_username, self._settings.carddav_username}
         self._own = self._client.own_addresses() | {name.lower() for name in logins}
         labels = sorted(category.label for category in self._boxes.labels.values())
-        self._client.stale = False
+        self._ready = True
         LOG.info("account ready", extra=fields(account=self._client.account_id, labels=labels))
 
     def run(self) -> dict[str, str]:
         """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
-        if self._client.stale:
+        if self._client.stale or not self._ready:
             self.connect()
-        self._chain.begin()
+        self._seen.begin()
         mails = self._read()
         decided, unusable = sort_queue(mails, self._boxes, self._own)
         failed: dict[str, str] = {}
@@ -2183,7 +2217,9 @@ class Triage:
             batch = {sender: decided[sender] for sender in senders[start : start + SENDERS_AT_ONCE]}
             failed |= self._triage(batch, mails)
         refused = self._update_mails(error_patches(mails, decided, unusable, self._boxes))
-        failed |= {mail.sender: refused[mail.id] for mail in mails if mail.id in refused}
+        for mail in mails:
+            if mail.id in refused:
+                failed[mail.sender or f"mail {mail.id}"] = refused[mail.id]
         return failed
 
     def _read(self) -> list[Mail]:
@@ -2192,30 +2228,35 @@ class Triage:
         to be another than before the mails are read again."""
         while True:
             asked = self._boxes.queue
-            query = Query("Email", in_any(asked), MAIL_PROPERTIES, parse_mail)
             (email, mailbox), [mailboxes, found] = self._client.fetch(
-                [MAILBOXES, query], [EMAIL_STATE, MAILBOX_STATE]
+                [MAILBOXES, self._labelled()], [EMAIL_STATE, MAILBOX_STATE]
             )
             self._boxes = find_boxes(ids_by_name(expect(mailboxes)), self._settings)
             if self._boxes.queue == asked:
                 break
-        self._chain.read("Email", email.get("state"))
-        self._chain.read("Mailbox", mailbox.get("state"))
-        return expect(found)
+        self._seen.saw("Email", email.get("state"))
+        self._seen.saw("Mailbox", mailbox.get("state"))
+        self._queue = {mail.id: mail for mail in expect(found)}
+        return list(self._queue.values())
 
-    def _triage(self, senders: Mapping[str, Category], queue: Collection[Mail]) -> dict[str, str]:
-        """Triage a batch of senders; {sender: why it failed}. When the server turns a request down
-        the batch is halved, so that the sender at fault holds up no one else."""
+    def _triage(
+        self, senders: Mapping[str, Category], queue: Collection[Mail], tries: int = 2
+    ) -> dict[str, str]:
+        """Triage a batch of senders; {sender: why it failed}. When a request fails and the server
+        is well the batch is halved, so that the sender at fault holds up no one else."""
         try:
             plans = self.plan(senders, queue)
             first = {plan.contact.uid: plan for plan in plans[::-1]}
             failed = self.carry_out(first.values())
         except ServerError as error:
-            names = list(senders)
             if not error.answered:
-                raise
+                self.connect()  # It raises when it is the server that is at fault.
+            names = list(senders)
             if len(names) == 1:
-                return {names[0]: str(error)}
+                # Once more: someone else may have written to the contacts at the same time.
+                return (
+                    self._triage(senders, queue, tries - 1) if tries > 1 else {names[0]: str(error)}
+                )
             failed = {}
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 failed |= self._triage({name: senders[name] for name in half}, queue)
@@ -2348,71 +2389,43 @@ class Triage:
 
     def _update_mails(self, patches: Mapping[str, MailPatch]) -> dict[str, str]:
         """Email/set in as many requests as the limits force; {mail id: why it was refused}. A mail
-        that is no longer there has nothing left to be done."""
+        that is no longer there has nothing left to be done. Each request looks at the labels again
+        when it has written: what came in between must not be taken for old news."""
         refused: dict[str, str] = {}
         changes = {id_: patch for id_, patch in patches.items() if patch}
         for portion in self._client.portions(changes):
-            calls: list[Call] = [MAILBOX_STATE, ("Email/set", {"update": portion}), MAILBOX_STATE]
-            before, done, after = map(expect, self._client.send([calls])[0])
-            self._chain.wrote("Mailbox", before.get("state"), after.get("state"))
-            self._chain.wrote("Email", done.get("oldState"), done.get("newState"))
-            for id_, error in set_errors(done).items():
+            write: Call = ("Email/set", {"update": portion})
+            (done, mailbox, email), [found] = self._client.fetch(
+                [self._labelled()], [write, MAILBOX_STATE, EMAIL_STATE]
+            )
+            errors = set_errors(done)
+            for id_, error in errors.items():
                 if error.get("type") != "notFound":
                     refused[id_] = error_text(error)
+            for id_ in portion.keys() & self._queue.keys() - errors.keys():
+                self._queue[id_] = self._queue[id_].patched(portion[id_])
+            self._seen.saw("Email", done.get("newState"))
+            self._seen.saw("Mailbox", mailbox.get("state"))
+            self._seen.saw("Email", email.get("state"))
+            if self._labels(expect(found)) != self._labels(self._queue.values()):
+                self._seen.forget()
         return refused
 
+    def _labelled(self) -> Query:
+        return Query("Email", in_any(self._boxes.queue), MAIL_PROPERTIES, parse_mail)
+
+    def _labels(self, mails: Iterable[Mail]) -> set[tuple[str, frozenset[str]]]:
+        """{(mail id, its labels)} of those that have any."""
+        labels = ((mail.id, mail.mailboxes & self._boxes.queue) for mail in mails)
+        return {(id_, there) for id_, there in labels if there}
+
 
 # ------------------------------------------------------------------------------------------------
-# Health, metrics and logs
+# Health and metrics
 # ------------------------------------------------------------------------------------------------
 
 
-def now_iso() -> str:
-    """The time as RFC 3339 has it, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def fields(**values: Any) -> JSON:
-    """What goes with a log message, as the `extra` of a logging call."""
-    return {"fields": values}
-
-
-class LogFormatter(logging.Formatter):
-    """A record as one line: JSON for programs, or text for people; no secret gets through."""
-
-    def __init__(self, settings: MailroomSettings) -> None:
-        super().__init__()
-        self._as_json = settings.log_format == "json"
-        self._redact = settings.redact
-
-    def format(self, record: logging.LogRecord) -> str:
-        values = {"event": record.getMessage(), **getattr(record, "fields", {})}
-        values = {key: self._shown(value) for key, value in values.items()}
-        level = record.levelname.lower()
-        trace = self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
-        if self._as_json:
-            traceback = {"traceback": trace} if trace else {}
-            return json.dumps({"time": now_iso(), "level": level, **values, **traceback})
-        event = CONTROLS.sub(" ", values.pop("event"))
-        told = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-        line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {told}".rstrip()
-        return "\n".join(filter(None, [line, trace]))
-
-    def _shown(self, value: Any) -> Any:
-        """A text without secrets, and short enough: in this order, or half a secret would stay."""
-        if not isinstance(value, str):
-            return value
-        value = self._redact(value)
-        return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
-
-
-def start_logging(settings: MailroomSettings) -> None:
-    """Send the log to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(settings))
-    LOG.handlers[:] = [handler]
-    LOG.propagate = False
-    LOG.setLevel(settings.log_level.upper())
+CYCLE_DEADLINE = 300.0
 
 
 class Health:
@@ -2482,7 +2495,6 @@ class Health:
 # ------------------------------------------------------------------------------------------------
 
 SHUTDOWN_SECONDS = 3.0
-CYCLE_DEADLINE = 300.0
 CONNECT_GRACE = 1.0
 
 
@@ -2506,7 +2518,7 @@ class Service:
         self.health = Health(settings)
         self._settings = settings
         self._queue: gevent.queue.Queue[str] = gevent.queue.Queue()
-        self._chain = StateChain()
+        self._seen = SeenStates()
         self._over: gevent.event.AsyncResult[BaseException | None] = gevent.event.AsyncResult()
         self._greenlets: list[gevent.Greenlet[..., Any]] = []
         self._client = JMAPClient(
@@ -2516,7 +2528,7 @@ class Service:
             stopping=self.shutdown.is_set,
         )
         contacts = contact_store(settings, self._client, self.shutdown.is_set)
-        self._triage = Triage(settings, self._client, contacts, self._chain, self.health.counts)
+        self._triage = Triage(settings, self._client, contacts, self._seen, self.health.counts)
         self._told: dict[str, str] = {}
         self._listening = False
 
@@ -2587,13 +2599,13 @@ class Service:
                 username=self._settings.jmap_username,
                 status=self.health.stream,
                 on_open=self._connected,
-                on_state=self._chain.reported,
+                on_state=self._seen.reported,
             )
         )
 
     def _connected(self) -> None:
         """The server may say at once what the state is; if not, a cycle looks."""
-        self._chain.connected()
+        self._seen.connected()
         gevent.spawn_later(CONNECT_GRACE, self._queue.put, "connected")
 
     def _cycles(self) -> None:
@@ -2614,7 +2626,7 @@ class Service:
                 break
             self.shutdown.wait(self._settings.debounce_seconds)
             drain_queue(self._queue)
-            if not self.shutdown.is_set() and self._chain.has_news(self._client.account_id):
+            if not self.shutdown.is_set() and self._seen.has_news(self._client.account_id):
                 return "push"
         return "scheduled" if self.health.stream.status == "connected" else "fallback"
 
@@ -2632,7 +2644,7 @@ class Service:
                 raise
             # Nothing is taken for granted: what was read, and if the server says no, the session.
             self._client.stale |= getattr(error, "answered", True)
-            self._chain.begin()
+            self._seen.begin()
             delay = getattr(error, "retry_after", 0.0)
             return self._after(trigger, "failure", {"": str(error)}, delay)
         self._listen()
@@ -2659,7 +2671,10 @@ class Service:
         interval = self._settings.poll_interval
         if not failures:
             return interval
-        return min(interval, max(retry_after, backoff(before)))
+        # No event shortens this pause: a server in trouble is not asked at the pace of its events.
+        pause = min(interval, max(retry_after, FIRST_DELAY))
+        self.shutdown.wait(pause)
+        return max(0.0, min(interval, max(retry_after, backoff(before))) - pause)
 
 
 # ------------------------------------------------------------------------------------------------
