@@ -1083,7 +1083,7 @@ class JMAPClient:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
         self._session, self._accounts, self._urls, self.limits = session, accounts, urls, limits
         self.stale = False
-        self._state_seen = self._state_seen or str(session.get("state", ""))
+        self._state_seen = ""
 
     @property
     def account_id(self) -> str:
@@ -1147,7 +1147,8 @@ class JMAPClient:
         with understood(reply.url):
             decoded = json.loads(reply.body)
             state = str(decoded.get("sessionState", ""))
-            self.stale, self._state_seen = self.stale or state != self._state_seen, state
+            self.stale |= self._state_seen not in ("", state)
+            self._state_seen = state
             said = {
                 call_id: (name, {**answer}) for name, answer, call_id in decoded["methodResponses"]
             }
@@ -2037,7 +2038,8 @@ class SeenStates:
         self._known.clear()
 
     def saw(self, type_: str, state: Any) -> None:
-        self._known.add((type_, str(state)))
+        if isinstance(state, str):
+            self._known.add((type_, state))
 
     def forget(self) -> None:
         """The labels are not as the cycle leaves them: every event is news."""

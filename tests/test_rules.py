@@ -324,7 +324,7 @@ def test_a_uid_is_always_the_same_for_an_address() -> None:
     ("name", "notes", "display_name", "filled", "note"),
     [
         ("Bobby", {}, "Bob Smith", "", (TRIAGED,)),
-        ("", {}, "Smith, Bob", "Bob Smith", (TRIAGED,)),
+        ("", {}, "Smith, Bob", "Smith, Bob", (TRIAGED,)),
         ("", {}, "", "", (TRIAGED,)),
         ("Bob", {"n": "mine"}, "Bob", "", (TRIAGED,)),
         ("Bob", {"n": f"mine\n{TRIAGED}"}, "Bob", "", ()),

@@ -390,7 +390,7 @@ def boom(error: BaseException) -> Callable[..., Any]:
         (mailroom.Triage, "run"),
         (mailroom, "sse_listener"),
         (mailroom.EventStream, "run"),
-        (mailroom.StateChain, "reported"),
+        (mailroom.SeenStates, "reported"),
         (gevent.pywsgi.WSGIServer, "serve_forever"),
     ],
     ids=["cycle", "listener", "stream", "event", "health"],

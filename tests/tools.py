@@ -39,7 +39,7 @@ def new_triage(settings: mailroom.MailroomSettings) -> mailroom.Triage:
         settings.jmap_token, settings.jmap_url, username=settings.jmap_username
     )
     contacts = mailroom.contact_store(settings, client, bool)
-    return mailroom.Triage(settings, client, contacts, mailroom.StateChain(), Counter())
+    return mailroom.Triage(settings, client, contacts, mailroom.SeenStates(), Counter())
 
 
 def check_wire(server: JMAPServer) -> None:
