@@ -2582,15 +2582,12 @@ class Service:
 
     def _listen(self) -> None:
         """Start to listen, once it is known where."""
-        if self._listening:
+        url = self._client.event_source_url
+        if not url and self.health.last_success is None:
+            LOG.info("the server has no push: polling")
+        if not url or self._listening:
             return
-        self._listening, url = True, self._client.event_source_url
-        if not url:
-            LOG.info(
-                "the server has no push: polling",
-                extra=fields(seconds=self._settings.poll_interval),
-            )
-            return
+        self._listening = True
         self._spawn(
             lambda: sse_listener(
                 self._settings.jmap_token,

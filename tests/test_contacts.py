@@ -773,3 +773,45 @@ def test_a_group_that_the_user_deletes_later_is_named_and_nothing_is_done(book: 
     with pytest.raises(ConfigurationError, match="no contact group 'Jail'"):
         desk.cycle()
     assert (desk.boxes([mail]), desk.contacts()) == ([{"Screener", "@ToFeed"}], {})
+
+
+# What a review brought to light: answers that no server here gives
+
+MULTISTATUS = (
+    '<D:multistatus xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav"><D:response>'
+    "<D:href>/book/</D:href>{}</D:response></D:multistatus>"
+)
+FOUND = "<D:propstat><D:prop>{}</D:prop><D:status>HTTP/1.1 200 OK</D:status></D:propstat>"
+ADDRESS_BOOK = FOUND.format("<D:resourcetype><D:collection/><C:addressbook/></D:resourcetype>")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        "<D:status>HTTP/1.1 507 Insufficient Storage</D:status>",
+        FOUND.format("<D:creationdate/>"),
+        FOUND.format("<C:address-data/>").replace("200 OK", "404 Not Found"),
+    ],
+    ids=["cut short", "no data", "data not found"],
+)
+@responses.activate
+def test_a_listing_that_is_not_whole_is_no_listing(listing: str) -> None:
+    """A contact that is not seen would be made a second time."""
+    url = "https://dav.example/book/"
+    responses.add("PROPFIND", url, MULTISTATUS.format(ADDRESS_BOOK), status=207)
+    responses.add("REPORT", url, MULTISTATUS.format(listing), status=207)
+    store = mailroom.CardDAVContacts(url, mailroom.credentials("p", "u"), bool)
+    store.prepare()
+    with pytest.raises(mailroom.ServerError, match="cannot be understood"):
+        store.cards([], [], [])
+
+
+@pytest.mark.parametrize("name", ["D:current-user-principal", "C:addressbook-home-set"])
+@responses.activate
+def test_an_href_that_is_none_is_an_error_of_the_server(name: str) -> None:
+    url = "https://dav.example/book/"
+    odd = FOUND.format(f"<{name}><D:href>http://[bad</D:href></{name}>")
+    responses.add("PROPFIND", url, MULTISTATUS.format(odd), status=207)
+    store = mailroom.CardDAVContacts(url, mailroom.credentials("p", "u"), bool)
+    with pytest.raises(mailroom.ServerError, match="cannot be understood"):
+        store.prepare()

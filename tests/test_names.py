@@ -714,3 +714,20 @@ def test_sse_listener_sends_no_token_to_a_plain_url(
             gevent.sleep(0.001)
     assert len(mocked.calls) == 0
     assert TOKEN not in caplog.text
+
+
+def test_the_body_of_a_redirect_is_not_read() -> None:
+    """It may be endless, and nobody wants it."""
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 64:
+            sent += 1
+            yield b"x" * 2**20
+
+    with JMAPServer.with_mailroom_account() as server:
+        headers = {"Location": "/jmap/session"}
+        server.faults = [Fault("session", status=302, headers=headers, body=endless())]
+        JMAPClient(server.options.token, server.session_url).connect()
+        assert sent < 32

@@ -765,3 +765,52 @@ def test_the_program_says_nothing_of_its_libraries(tmp_path: Path) -> None:
         assert "urllib3" not in text_of(output)
     assert logging.getLogger("mailroom").name == "mailroom"
     assert isinstance(program, subprocess.Popen)
+
+
+# ------------------------------------------------------------------- what a review brought to light
+
+
+@every_server
+def test_a_tap_in_the_middle_of_an_own_write_is_news(options: Make) -> None:
+    """A server that writes one mail after the other has the tap in the write's own newState."""
+    with JMAPServer.with_mailroom_account(options(coalesce=True)) as server, started(server) as run:
+        settle(run)
+        mails = [server.account.deliver(BOB, ["Screener"]) for _ in range(3)]
+        other = server.account.deliver(EVE, ["Screener"])
+        run.wait_until_quiet()
+        emails = server.kinds["Email"]
+        write, tapped = emails.update, list[str]()
+
+        def write_and_tap(object_id: str, patch: JSON) -> None:
+            write(object_id, patch)
+            if not tapped:
+                tapped.append(other)
+                server.account.label(other, "@ToJail")
+
+        emails.update = write_and_tap  # type: ignore[method-assign]  # the other user's moment
+        server.account.label(mails[0], "@ToFeed")
+        wait_filed(server, other, box="Jail")
+        check_account(server)
+
+
+def test_events_do_not_hurry_a_server_in_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailroom, "FIRST_DELAY", 0.3)
+    with account() as server, started(server, debounce_seconds=0) as run:
+        settle(run)
+        server.faults += [Fault("api", times=FOREVER, status=500)]
+        before = len(server.requests)
+        start = monotonic()
+        while monotonic() - start < 0.9:
+            server.streams.send_raw(STATE_EVENT)
+            gevent.sleep(0.01)
+        api = [request for request in server.requests[before:] if request.kind != "stream"]
+        # Every cycle is a session and what comes after it, and none is sooner than the first delay.
+        assert run.failures <= 4, [request.methods for request in api]
+
+
+def test_an_event_source_that_comes_later_is_listened_to() -> None:
+    with account(push=None) as server, started(server, poll_interval=0.1) as run:
+        run.wait_for_cycles(1)
+        server.options.push = 200
+        server.faults += [Fault("api", status=400)]
+        server.wait_for(lambda: server.streams)

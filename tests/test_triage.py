@@ -1096,3 +1096,82 @@ def test_sessions_of_the_wrong_shape_at_every_level(wrong: Any) -> None:
             server.faults[:] = [Fault("session", times=FOREVER, edit=edit_of(path, wrong))]
             crashes += crash(new_triage(settings_for(server)).run, f"{path}")
         assert not crashes, "\n".join(crashes)
+
+
+# ------------------------------------------------------------------- what a review brought to light
+
+
+def test_a_mail_that_goes_between_two_pages_leaves_none_out() -> None:
+    with Scene(Options(limits={"maxObjectsInGet": 20})) as scene:
+        scene.most_idle = 3
+        mails = scene.new_sender(FROM_BOB, 50)
+        scene.tap(mails[0], "@ToFeed")
+        newest = max(mails, key=lambda mail: scene.account.mails[mail].received_at)
+        pages: list[JSON] = []
+
+        def before(method: str, arguments: JSON) -> None:
+            if method == "Email/query" and "from" in json.dumps(arguments["filter"]):
+                pages.append(arguments)
+                if len(pages) == 2:
+                    scene.remove_mail(newest)
+
+        scene.server.faults = [Fault(times=FOREVER, before_call=before)]
+        scene.heal()
+        assert len(pages) >= 3
+        assert scene.boxes(set(mails) - {newest}) == [{"Feed"}] * 49
+
+
+def test_a_sender_whose_request_never_gets_an_answer_holds_up_no_one() -> None:
+    with Scene() as scene:
+        mails = [scene.new_sender(f"{name}@x.example")[0] for name in ("a", "m", "z")]
+        for mail in mails:
+            scene.tap(mail, "@ToFeed")
+
+        def poison(request: Request) -> bool:
+            return "m@x.example" in json.dumps(request.calls)
+
+        scene.server.faults = [Fault(poison, times=FOREVER, drop=True)]
+        assert scene.cycle().keys() == {"m@x.example"}
+        assert scene.boxes(mails) == [{"Feed"}, {"Screener", "@ToFeed"}, {"Feed"}]
+        scene.server.faults.clear()
+        scene.heal()
+        assert scene.boxes(mails) == [{"Feed"}] * 3
+
+
+def test_contacts_written_by_someone_else_at_the_same_time_are_no_failure() -> None:
+    with Scene() as scene:
+        (mail,) = scene.new_sender(FROM_BOB)
+        scene.tap(mail, "@ToFeed")
+
+        def someone_else(method: str, _: JSON) -> None:
+            if method == "ContactCard/set":
+                scene.account.add_contact("zoe@z.example", "Zoe")
+
+        scene.server.faults = [Fault("ContactCard/set", before_call=someone_else)]
+        assert scene.cycle() == {}
+        assert scene.boxes([mail]) == [{"Feed"}]
+
+
+def test_a_company_with_a_comma_in_its_name_keeps_it() -> None:
+    with Scene() as scene:
+        mail, person = (scene.new_sender(f'"Acme, Inc" <{name}@x.example>')[0] for name in "ab")
+        scene.tap(mail, "@ToFeed")
+        scene.tap(person, "@ToPerson")
+        scene.heal()
+        assert scene.the_contact("a@x.example")["name"]["full"] == "Acme, Inc"
+        assert scene.the_contact("b@x.example")["name"]["full"] == "Inc Acme"
+
+
+@pytest.mark.parametrize("identities", [["x"], [None], 5, {}])
+def test_identities_of_the_wrong_shape_are_an_error_of_the_server(identities: Any) -> None:
+    def edit(reply: JSON) -> JSON:
+        reply["methodResponses"][0][1]["list"] = identities
+        return reply
+
+    with JMAPServer.with_mailroom_account(Options(has_submission=True)) as server:
+        server.faults = [Fault("Identity/get", edit=edit)]
+        triage = new_triage(settings_for(server))
+        with suppress(ServerError):
+            triage.run()
+        assert server.faults[0].fired
+        assert triage.run() == {}
