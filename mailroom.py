@@ -46,7 +46,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from itertools import combinations, count
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
 
@@ -1224,27 +1224,8 @@ NO_CONTACTS = (
 CARD_PROPERTIES = "id,uid,kind,name,organizations,emails,notes,created,members"
 
 
-class ContactStore(Protocol):
-    """Where the contacts are kept."""
-
-    def prepare(self) -> None:
-        """Find the address book for new contacts. Raises ConfigurationError without one."""
-
-    def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
-        """What to ask the JMAP server along with other things: calls, and queries for cards."""
-
-    def cards(
-        self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
-    ) -> list[Card]:
-        """All groups, and the contacts that may be those of the addresses, given what the
-        questions brought."""
-
-    def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
-        """Carry out the changes in order; {uid: why it was refused}. Raises MailroomError."""
-
-
 class JMAPContacts:
-    """Contacts in a JMAP account."""
+    """Contacts in a JMAP account: one of the two stores, which have the same public methods."""
 
     def __init__(self, client: JMAPClient) -> None:
         self._client = client
@@ -1252,7 +1233,7 @@ class JMAPContacts:
         self._state = ""
 
     def prepare(self) -> None:
-        """Find the default address book."""
+        """Find the default address book. Raises ConfigurationError without one, ServerError."""
         if not self._client.account(CONTACTS):
             raise ConfigurationError(NO_CONTACTS)
         if self._client.account(CONTACTS).get("isReadOnly"):
@@ -1265,7 +1246,9 @@ class JMAPContacts:
             self._address_book = str(books[0]["id"])
 
     def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
-        """The state comes first, so that a later change by someone else is noticed."""
+        """What to ask the JMAP server, along with other things, for the groups and the contacts
+        that may be those of the addresses. The state comes first, so that a later change by
+        someone else is noticed."""
         wanted = [{"email": address} for address in addresses]
         wanted += [{"uid": contact_uid(address)} for address in addresses]
         filters = [any_of(wanted)] if addresses else []
@@ -1278,13 +1261,15 @@ class JMAPContacts:
     def cards(
         self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
     ) -> list[Card]:
-        """Raises the MethodError that a query may have met: a contact not seen would be doubled."""
+        """The cards, given what the questions brought. Raises the MethodError that a query may
+        have met: a contact not seen would be doubled."""
         self._state = str(answers[0].get("state"))
         return [card for cards in found for card in expect(cards)]
 
     def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
-        """One ContactCard/set for as much as the limits allow, under `ifInState`: when anyone else
-        has written since the cards were read, nothing is done (RFC 8620 section 5.3)."""
+        """Carry out the changes; {uid: why it was refused}. It takes one ContactCard/set for as
+        much as the limits allow, under `ifInState`: when anyone else has written since the cards
+        were read, nothing is done (RFC 8620 section 5.3). Raises ServerError."""
         refused: dict[str, str] = {}
         entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
         for portion in self._client.portions(entries):
@@ -1653,7 +1638,8 @@ class CardDAVContacts:
         return cards
 
     def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
-        """One card after the other. Who could not be made joins no group."""
+        """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
+        not be made joins no group. Raises ServerError."""
         refused: dict[str, str] = {}
         for change in changes:
             joining = replace(change, add=change.add - refused.keys())
@@ -1723,6 +1709,9 @@ def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | 
     created = properties.get(f"{DAV}creationdate")
     data = properties[f"{CARD}address-data"].text or ""
     return vcard_card(url, data, (created.text if created is not None else "") or "")
+
+
+ContactStore = JMAPContacts | CardDAVContacts
 
 
 def contact_store(
