@@ -2621,7 +2621,7 @@ class Service:
     def _cycle(self, trigger: str) -> float:
         """Run one cycle; the seconds until the next one is due at the latest. Raises
         ConfigurationError as long as none has succeeded."""
-        late = ServerError(f"the cycle was not done after {CYCLE_DEADLINE:g} seconds")
+        late = MailroomError(f"the cycle was not done after {CYCLE_DEADLINE:g} seconds")
         try:
             with gevent.Timeout(CYCLE_DEADLINE, late):
                 failed = self._triage.run()

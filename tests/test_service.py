@@ -814,3 +814,15 @@ def test_an_event_source_that_comes_later_is_listened_to() -> None:
         server.options.push = 200
         server.faults += [Fault("api", status=400)]
         server.wait_for(lambda: server.streams)
+
+
+def test_a_cycle_has_a_deadline_wherever_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailroom, "CYCLE_DEADLINE", 0.3)
+    with account() as server, started(server) as run:
+        settle(run)
+        server.faults += [Fault("ContactCard/set", times=2, hang=True)]
+        mail = tap(server)
+        server.wait_for(lambda: run.events("error"))
+        assert "not done after 0.3 seconds" in run.events("error")[0]["cause"]
+        wait_filed(server, mail)
+        check_account(server)
