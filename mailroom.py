@@ -139,8 +139,10 @@ def _flag(value: Any) -> bool:
 
 def is_safe_url(url: Any) -> bool:
     """Whether a secret may be sent there: https, or plain http to a loopback address. A URL that
-    programs may read in different ways is not safe."""
-    if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s\\@/?#]+[!-\[\]-~]*", url):
+    programs may read in different ways is not safe, nor one that has a secret in itself."""
+    if not isinstance(url, str) or not re.fullmatch(
+        r"https?://[^\s\\@/?#]+([/?#][!-\[\]-~]*)?", url
+    ):
         return False
     try:
         host, port = urlsplit(url).hostname or "", urlsplit(url).port
@@ -269,7 +271,7 @@ def default_log_format() -> str:
     return "text" if sys.stderr.isatty() else "json"
 
 
-SAFE_URL = "an https:// address (http:// only to this machine itself)"
+SAFE_URL = "an https:// address (http:// only to this machine itself) without a user name"
 MAILBOX = "the name of a mailbox"
 
 
@@ -285,11 +287,23 @@ class MailroomSettings:
     ConfigurationError with a line for every bad setting, TypeError for a keyword that is none.
     """
 
-    jmap_token: str = setting("str", ..., "an API token, or in ..._FILE its file", _token, True)
+    jmap_token: str = setting(
+        "str",
+        ...,
+        "an API token, or in MAILROOM_JMAP_TOKEN_FILE the path of its file",
+        _token,
+        True,
+    )
     jmap_url: str = setting("str", "https://api.fastmail.com/jmap/session", SAFE_URL, is_safe_url)
     jmap_username: str = setting("str", "", "a user name", _text)
     carddav_username: str = setting("str", "", "a user name", _text)
-    carddav_password: str = setting("str", "", "a password, or in ..._FILE its file", _text, True)
+    carddav_password: str = setting(
+        "str",
+        "",
+        "a password, or in MAILROOM_CARDDAV_PASSWORD_FILE the path of its file",
+        _text,
+        True,
+    )
     carddav_url: str = setting("str", "https://carddav.fastmail.com", SAFE_URL, is_safe_url)
     poll_interval: int = setting("int", 60, "whole seconds, 1 to 86400", _number(0.01, 86400))
     debounce_seconds: float = setting("float", 3.0, "seconds, 0 to 600", _number(0, 600))
@@ -371,6 +385,7 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
     source = os.environ.get(f"{variable}_FILE", "")
     # Without a slash it may be the secret itself, given in the wrong variable.
     shown = (f" (in the file {source!r})" if "/" in source else "") if row.secret else f"={value!r}"
+    shown = re.sub("//([^/@:]*):[^/@]*@", r"//\1:[secret]@", shown)
     raise ConfigurationError(f"{variable}{shown}: give {row.accepts}")
 
 
@@ -594,6 +609,13 @@ def sort_queue(
         if sender and sender not in own and len(labels) == 1
     }
     return decided, frozenset(mail.id for mail in labelled if mail.sender not in decided)
+
+
+def why_unusable(mail: Mail, own: Collection[str]) -> str:
+    """What is wrong with a labelled mail that gets the error label."""
+    if not mail.sender:
+        return "it has no sender"
+    return "the sender is the user" if mail.sender in own else f"several labels for {mail.sender}"
 
 
 def error_patches(
@@ -899,7 +921,8 @@ def same_origin(url: str, location: str) -> str:
         there = there._replace(scheme=here.scheme, netloc=here.netloc)
     if (here.scheme, here.netloc) != (there.scheme, there.netloc):
         raise ConfigurationError(
-            f"{url} redirects to {there.geturl()}: if that is right, put that into the settings"
+            f"{url} redirects to {there.geturl()}: if that is right, put that into "
+            "MAILROOM_JMAP_URL or MAILROOM_CARDDAV_URL"
         )
     return there.geturl()
 
@@ -1076,7 +1099,7 @@ class JMAPClient:
                 if id_
             }
             if MAIL not in accounts:
-                raise ConfigurationError(f"{reply.url}: the token gives no access to mail")
+                raise ConfigurationError(f"the token gives no access to mail. {JMAP_REMEDY}")
             if "apiUrl" not in urls or min(limits.values()) < 1:
                 raise ValueError("no apiUrl, or limits below 1")
         if unsafe := [url for url in urls.values() if not is_safe_url(url)]:
@@ -2207,10 +2230,14 @@ class Triage:
         for start in range(0, len(senders), SENDERS_AT_ONCE):
             batch = {sender: decided[sender] for sender in senders[start : start + SENDERS_AT_ONCE]}
             failed |= self._triage(batch, mails)
-        refused = self._update_mails(error_patches(mails, decided, unusable, self._boxes))
+        patches = error_patches(mails, decided, unusable, self._boxes)
+        refused = self._update_mails(patches)
         for mail in mails:
             if mail.id in refused:
                 failed[mail.sender or f"mail {mail.id}"] = refused[mail.id]
+            elif mail.id in unusable and patches[mail.id]:
+                reason = why_unusable(mail, self._own)
+                LOG.warning("mail marked as an error", extra=fields(mail=mail.id, reason=reason))
         return failed
 
     def _read(self) -> list[Mail]:
@@ -2354,7 +2381,9 @@ class Triage:
         if plan.name_differs:
             LOG.warning(
                 "the contact has another name than the mail",
-                extra=fields(sender=plan.sender, contact=plan.contact.uid),
+                extra=fields(
+                    sender=plan.sender, contact=plan.contact.card and plan.contact.card.name
+                ),
             )
 
     def _write_contacts(self, plans: Collection[SenderPlan]) -> dict[str, str]:
@@ -2565,7 +2594,8 @@ class Service:
             server.start()
         except OSError as error:
             raise ConfigurationError(
-                f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port}: {error.strerror}"
+                f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port}: give others, or "
+                f"port 0 for none ({str(error.strerror or error).partition(':')[0]})"
             ) from None
         self._spawn(server.serve_forever)
 

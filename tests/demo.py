@@ -344,7 +344,7 @@ Mailroom took {cycles} cycles and {requests} requests, and stopped with status 0
 From now on the account's own rules file what these senders write, by contact group.
 
 With your own account: see README.md.
-To tap for yourself on this one: python tests/demo.py --serve"""
+To tap for yourself on this one: nox -s demo -- --serve"""
 
 
 class Demo:

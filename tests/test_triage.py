@@ -1175,3 +1175,18 @@ def test_identities_of_the_wrong_shape_are_an_error_of_the_server(identities: An
             triage.run()
         assert server.faults[0].fired
         assert triage.run() == {}
+
+
+def test_the_log_says_why_a_mail_is_marked(caplog: pytest.LogCaptureFixture) -> None:
+    with Scene() as scene:
+        first, second = scene.new_sender(FROM_BOB, 2)
+        scene.tap(first, "@ToFeed")
+        scene.tap(second, "@ToJail")
+        scene.tap(scene.account.deliver(None, ["Screener"]), "@ToFeed")
+        scene.cycle()
+        records = [record for record in caplog.records if record.message.startswith("mail marked")]
+        reasons = sorted(record.__dict__["fields"]["reason"] for record in records)
+        assert reasons == ["it has no sender", *[f"several labels for {BOB}"] * 2]
+        caplog.clear()
+        scene.cycle()
+        assert not caplog.records, "it is told once"
