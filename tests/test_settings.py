@@ -659,3 +659,11 @@ def test_with_bad_settings_the_program_ends_with_status_2_and_a_line_for_each(
     for line, name in zip(lines, variables, strict=True):
         assert name in line
     assert HUSH not in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["jmap_url", "carddav_url"])
+def test_a_url_with_a_password_in_it_is_refused_and_not_shown(name: str) -> None:
+    told = problems(jmap_token=TOKEN, **{name: "https://alice:hunter2@mail.example/"})
+    assert len(told) == 1
+    assert name.upper() in told[0]
+    assert "hunter2" not in told[0]
