@@ -33,6 +33,7 @@ import json
 import logging
 import os
 import queue
+import random
 import re
 import signal
 import sys
@@ -1193,12 +1194,16 @@ class JMAPClient:
 
     def _all_pages(self, query: Query, reply: Sequence[Answer]) -> Found:
         values: list[Any] = []
+        last = ""
         try:
             while True:
-                page, last = read_page(query, reply)
+                page, next_anchor = read_page(query, reply)
                 values += page
-                if not last:
+                if not next_anchor:
                     return values
+                if next_anchor == last:
+                    raise ServerError(f"{query.type}/query: the server has no end of pages")
+                last = next_anchor
                 [reply] = self.send([self._page(query, last)])
         except MethodError as error:
             return error
@@ -2194,6 +2199,7 @@ class Triage:
         self._ready = False
         self._own: frozenset[str] = frozenset()
         self._boxes: Boxes
+        self._ids: dict[str, str] = {}
         self._queue: dict[str, Mail] = {}
 
     def connect(self) -> None:
@@ -2226,7 +2232,8 @@ class Triage:
         mails = self._read()
         decided, unusable = sort_queue(mails, self._boxes, self._own)
         failed: dict[str, str] = {}
-        senders = sorted(decided)
+        # In any order: where a cycle runs into its deadline is then not always the same.
+        senders = random.sample(sorted(decided), len(decided))
         for start in range(0, len(senders), SENDERS_AT_ONCE):
             batch = {sender: decided[sender] for sender in senders[start : start + SENDERS_AT_ONCE]}
             failed |= self._triage(batch, mails)
@@ -2249,7 +2256,8 @@ class Triage:
             (email, mailbox), [mailboxes, found] = self._client.fetch(
                 [MAILBOXES, self._labelled()], [EMAIL_STATE, MAILBOX_STATE]
             )
-            self._boxes = find_boxes(ids_by_name(expect(mailboxes)), self._settings)
+            self._ids = ids_by_name(expect(mailboxes))
+            self._boxes = find_boxes(self._ids, self._settings)
             if self._boxes.queue == asked:
                 break
         self._seen.saw("Email", email.get("state"))
@@ -2261,7 +2269,7 @@ class Triage:
         self, senders: Mapping[str, Category], queue: Collection[Mail], tries: int = 2
     ) -> dict[str, str]:
         """Triage a batch of senders; {sender: why it failed}. When a request fails and the server
-        is well the batch is halved, so that the sender at fault holds up no one else."""
+        is well the batch is split, so that the sender at fault holds up no one else."""
         try:
             plans = self.plan(senders, queue)
             first = {plan.contact.uid: plan for plan in plans[::-1]}
@@ -2275,9 +2283,12 @@ class Triage:
                 return (
                     self._triage(senders, queue, tries - 1) if tries > 1 else {names[0]: str(error)}
                 )
+            # One by one after a silence: each further one may cost a whole time-out.
+            size = (len(names) + 1) // 2 if error.answered else 1
             failed = {}
-            for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-                failed |= self._triage({name: senders[name] for name in half}, queue)
+            for start in range(0, len(names), size):
+                part = {name: senders[name] for name in names[start : start + size]}
+                failed |= self._triage(part, queue, tries if error.answered else 1)
             return failed
         # A contact with several addresses may be asked for twice: the second time sees the first.
         later = {
@@ -2415,9 +2426,10 @@ class Triage:
         changes = {id_: patch for id_, patch in patches.items() if patch}
         for portion in self._client.portions(changes):
             write: Call = ("Email/set", {"update": portion})
-            (done, mailbox, email), [found] = self._client.fetch(
-                [self._labelled()], [write, MAILBOX_STATE, EMAIL_STATE]
+            (done, mailbox, email), [mailboxes, found] = self._client.fetch(
+                [MAILBOXES, self._labelled()], [write, MAILBOX_STATE, EMAIL_STATE]
             )
+            now = ids_by_name(expect(mailboxes)), self._labels(expect(found))
             errors = set_errors(done)
             for id_, error in errors.items():
                 if error.get("type") != "notFound":
@@ -2427,7 +2439,7 @@ class Triage:
             self._seen.saw("Email", done.get("newState"))
             self._seen.saw("Mailbox", mailbox.get("state"))
             self._seen.saw("Email", email.get("state"))
-            if self._labels(expect(found)) != self._labels(self._queue.values()):
+            if now != (self._ids, self._labels(self._queue.values())):
                 self._seen.forget()
         return refused
 
@@ -2660,8 +2672,9 @@ class Service:
         except MailroomError as error:
             if isinstance(error, ConfigurationError) and self.health.last_success is None:
                 raise
-            # Nothing is taken for granted: what was read, and if the server says no, the session.
-            self._client.stale |= getattr(error, "answered", True)
+            # Nothing is taken for granted: neither what was read, nor for long the session.
+            again = self.health.consecutive_failures > 0
+            self._client.stale |= again or getattr(error, "answered", True)
             self._seen.begin()
             delay = getattr(error, "retry_after", 0.0)
             return self._after(trigger, "failure", {"": str(error)}, delay)

@@ -826,3 +826,38 @@ def test_a_cycle_has_a_deadline_wherever_it_hangs(monkeypatch: pytest.MonkeyPatc
         assert "not done after 0.3 seconds" in run.events("error")[0]["cause"]
         wait_filed(server, mail)
         check_account(server)
+
+
+@every_server
+@pytest.mark.parametrize("call", ["Email/query", "Email/get"])
+def test_a_tap_is_news_when_the_look_after_a_write_fails(options: Make, call: str) -> None:
+    with JMAPServer.with_mailroom_account(options()) as server, started(server) as run:
+        settle(run)
+        mail = server.account.deliver(BOB, ["Screener"])
+        other = server.account.deliver(EVE, ["Screener"])
+        run.wait_until_quiet()
+        errors = {call: {"type": "serverUnavailable"}} if call == "Email/query" else {}
+
+        def before(method: str, _: JSON) -> None:
+            if method == "Email/get" and not server.account.groups_of("eve@evil.example"):
+                server.account.label(other, "@ToJail")
+
+        # The last request of the cycle, which takes the label off.
+        fault = Fault("Email/set", nth=2, before_call=before, errors=errors)
+        server.faults += [fault]
+        server.account.label(mail, "@ToFeed")
+        wait_filed(server, other, box="Jail")
+        assert fault.fired
+        check_account(server)
+
+
+def test_an_api_that_moves_is_found_again() -> None:
+    with account() as server, started(server, poll_interval=0.1) as run:
+        run.wait_for_cycles(1)
+        before = server.count("session")
+        html = {"Content-Type": "text/html"}
+        moved = Fault("api", times=FOREVER, body=b"<html>gone</html>", headers=html)
+        server.faults += [moved]
+        server.wait_for(lambda: server.count("session") > before)
+        server.faults.clear()
+        wait_filed(server, tap(server))

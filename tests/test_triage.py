@@ -1190,3 +1190,36 @@ def test_the_log_says_why_a_mail_is_marked(caplog: pytest.LogCaptureFixture) -> 
         caplog.clear()
         scene.cycle()
         assert not caplog.records, "it is told once"
+
+
+def test_senders_one_by_one_after_a_silence() -> None:
+    """Each request that gets no answer may take a whole time-out: so there are only two."""
+    with Scene() as scene:
+        mails = [scene.new_sender(f"s{n}@x.example")[0] for n in range(8)]
+        for mail in mails:
+            scene.tap(mail, "@ToFeed")
+        dropped = Fault(
+            lambda request: "s3@x.example" in json.dumps(request.calls), times=FOREVER, drop=True
+        )
+        scene.server.faults = [dropped]
+        assert scene.cycle().keys() == {"s3@x.example"}
+        assert dropped.fired == 2
+        scene.server.faults.clear()
+        scene.heal()
+        assert scene.boxes(mails) == [{"Feed"}] * 8
+
+
+def test_a_server_that_ignores_the_anchor_is_not_paged_without_end() -> None:
+    def first_page_again(reply: JSON) -> JSON:
+        for name, answer, _ in reply["methodResponses"]:
+            if name == "Mailbox/query":
+                answer |= {"ids": first, "position": 0}
+        return reply
+
+    with Scene(Options(limits={"maxObjectsInGet": 10})) as scene:
+        scene.most_idle = 5
+        first = sorted(scene.account.mailboxes)[:10]
+        scene.server.faults = [Fault(times=FOREVER, edit=first_page_again)]
+        with pytest.raises(ServerError, match="no end of pages"):
+            scene.cycle()
+        scene.server.faults.clear()
