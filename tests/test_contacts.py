@@ -463,7 +463,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], type[MailroomError], list[str]]] = {
     "moved": (
         {"status": 301, "headers": {"Location": "https://elsewhere.example/"}},
         ConfigurationError,
-        ["https://elsewhere.example/", "settings"],
+        ["https://elsewhere.example/", "MAILROOM_CARDDAV_URL"],
     ),
     "a circle": (
         {"status": 301, "headers": {"Location": "/dav/"}},
