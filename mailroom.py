@@ -12,12 +12,12 @@ The labels are the queue, the mails and contact groups are the state; nothing is
                                                                        +--> one triage cycle
     poll timer (fallback, and a safety net while push is up) ----------+
 
-A cycle reads the mailbox as it is, decides with pure functions (`plan_sender`) and
-then writes in an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts,
-mails, and last the label. Whatever was missed or failed, the next cycle sees.
+A cycle reads the mailbox as it is, decides with pure functions (`plan_sender`) and then writes in
+an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts, mails, and last
+the label. Whatever was missed or failed, the next cycle sees.
 
-Read this file from top to bottom: settings, the triage rules, JMAP, contacts, push, the service.
-A section needs only the sections above it. Run it with `python mailroom.py`.
+Read this file from top to bottom: settings, logs, the triage rules, JMAP, contacts, push, the
+cycle, the service. A section needs only those above it. Run it with `python mailroom.py`.
 """
 
 # The sockets are patched before anything imports them: a blocked read is then a greenlet that
@@ -394,7 +394,7 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
 # Logs
 # ------------------------------------------------------------------------------------------------
 
-# What may end a line, or write to a terminal's own ends.
+# What could end a line of a log or a vCard, or command a terminal.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # What a server says is cut early to save memory, and cut to be read when it is shown.
 MAX_SAID = 10_000
@@ -1249,7 +1249,7 @@ NO_CONTACTS = (
     "the token gives no access to contacts: make one with the contacts scope, "
     "or set MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
 )
-CARD_PROPERTIES = "id,uid,kind,name,organizations,emails,notes,created,members"
+CARD_KEYS = ("id", "uid", "kind", "name", "organizations", "emails", "notes", "created", "members")
 
 
 class JMAPContacts:
@@ -1281,7 +1281,7 @@ class JMAPContacts:
         wanted += [{"uid": contact_uid(address)} for address in addresses]
         filters = [any_of(wanted)] if addresses else []
         queries = [
-            Query("ContactCard", filter_, CARD_PROPERTIES.split(","), jmap_card)
+            Query("ContactCard", filter_, CARD_KEYS, jmap_card)
             for filter_ in [{"kind": "group"}, *filters]
         ]
         return [("ContactCard/get", {"ids": []})], queries
@@ -2181,7 +2181,8 @@ def by_header(address: str) -> JSON:
 
 class Triage:
     """The triage cycle: reads, plans, carries out. It keeps nothing of one cycle for the next but
-    which mailboxes there were, so that an idle cycle is a single request."""
+    what the account is like (session, mailboxes, own addresses, address books), so that an idle
+    cycle is a single request."""
 
     def __init__(
         self,
