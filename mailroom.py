@@ -46,7 +46,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
-from itertools import combinations, count
+from itertools import combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
@@ -165,6 +165,11 @@ class Category:
     parent: str = ""
     contact_type: str = "company"
     add_to_inbox: bool = False
+
+    @property
+    def undoes(self) -> bool:
+        """Whether it is no way to triage a sender, but what the undo label asks for."""
+        return not self.name
 
 
 DEFAULT_CATEGORIES: list[Any] = [
@@ -313,6 +318,7 @@ class MailroomSettings:
     screener_mailbox: str = setting("str", "Screener", MAILBOX, _name)
     label_mailroom_error: str = setting("str", "@MailroomError", MAILBOX, _name)
     label_mailroom_warning: str = setting("str", "@MailroomWarning", MAILBOX, _name)
+    label_undo: str = setting("str", "@ToScreener", MAILBOX, _name)
     warnings_enabled: bool = setting("bool", True, "true or false", _flag)
     provenance_group: str = setting("str", "Mailroom", "the name of a contact group", _name)
     triage_categories: tuple[Category, ...] = setting(
@@ -337,7 +343,7 @@ class MailroomSettings:
     def _check_together(self) -> Iterator[str]:
         if self.carddav_username and not self.carddav_password:
             yield "MAILROOM_CARDDAV_USERNAME is set: give MAILROOM_CARDDAV_PASSWORD too"
-        own = ("screener_mailbox", "label_mailroom_error", "label_mailroom_warning")
+        own = ("screener_mailbox", "label_mailroom_error", "label_mailroom_warning", "label_undo")
         reserved = [getattr(self, name) for name in own]
         if len({name.casefold() for name in reserved}) < len(reserved):
             shown = (f"MAILROOM_{name.upper()}={getattr(self, name)!r}" for name in own)
@@ -346,6 +352,11 @@ class MailroomSettings:
         self.triage_categories, problems = parse_categories(self.triage_categories)
         for problem in [*problems, *category_problems(self.triage_categories, reserved)]:
             yield f"MAILROOM_TRIAGE_CATEGORIES: {problem}"
+
+    @property
+    def undo(self) -> Category:
+        """What the undo label asks for: no group, and the Screener."""
+        return Category("", self.label_undo, "", self.screener_mailbox)
 
     def __repr__(self) -> str:
         shown = (f"{n}={getattr(self, n)!r}" for n, row in SETTINGS.items() if not row.secret)
@@ -454,6 +465,7 @@ def start_logging(settings: MailroomSettings) -> None:
 # ------------------------------------------------------------------------------------------------
 
 CREATED_NOTE = "Created by Mailroom"
+UIDS_IN_LINE = 9
 MailPatch = dict[str, bool | None]
 
 
@@ -496,23 +508,35 @@ class Card:
 
 @dataclass(frozen=True)
 class CardChange:
-    """What to do with one card. Without `card` one is made. `name` goes to a card that has none,
-    `note` are lines to add, `add` and `remove` the uids that join or leave a group."""
+    """What to do with one card. Without `card` one is made, of the `kind` "company", "person" or
+    "group"; nothing is, if it is empty. `name` goes to a card that has none, `note` are lines to
+    add, `clean` takes Mailroom's own lines out of the notes, `destroy` the whole card away, `add`
+    and `remove` are the uids that join or leave a group."""
 
     uid: str
     card: Card | None = None
+    kind: str = "company"
     address: str = ""
     name: str = ""
-    is_person: bool = False
     note: tuple[str, ...] = ()
+    clean: bool = False
+    destroy: bool = False
     add: frozenset[str] = frozenset()
     remove: frozenset[str] = frozenset()
+
+    @property
+    def fate(self) -> str:
+        """What becomes of the card, in a word."""
+        if not self.card:
+            return "created" if self.kind else "none"
+        return "deleted" if self.destroy else "known"
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """The ids of the mailboxes that Mailroom works with. `labels`: {id: its category},
-    `destinations`: {category name: id}; `warning` is empty when warnings are off."""
+    """The ids of the mailboxes that Mailroom works with. `labels`: {id: its category}, the undo
+    label among them where there is one; `destinations`: {category name: id}; `warning` is empty
+    when warnings are off."""
 
     inbox: str
     screener: str
@@ -553,6 +577,14 @@ class Rules:
             card.name == category.contact_group for category in self.categories
         )
 
+    def is_own(self, card: Card) -> bool:
+        """Whether a card is a group of Mailroom's: a category's, or that of provenance."""
+        return self.is_managed(card) or (card.is_group and card.name == self.provenance_group)
+
+    def foreign_groups(self, cards: Iterable[Card]) -> list[Card]:
+        """The user's own groups."""
+        return [card for card in cards if card.is_group and not self.is_own(card)]
+
 
 @dataclass(frozen=True)
 class SenderPlan:
@@ -574,6 +606,11 @@ class SenderPlan:
         if self.contact.uid in refused:
             return () if self.contact.card else self.join
         return () if any(group.uid in refused for group in self.join) else self.leave
+
+    def to_destroy(self, refused: Collection[str]) -> tuple[CardChange, ...]:
+        """The contact if it is to go, which it does once it has left all groups."""
+        stays = not self.contact.destroy or any(group.uid in refused for group in self.leave)
+        return () if stays else (self.contact,)
 
 
 def mail_patch(mail: Mail, add: Iterable[str], remove: Iterable[str]) -> MailPatch:
@@ -633,11 +670,26 @@ def error_patches(
     }
 
 
+def own_uids(what: str) -> Iterator[str]:
+    """The uids that Mailroom gives to the cards that it makes for a URI, in their order."""
+    return (uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom={n}").urn for n in count())
+
+
 def contact_uid(address: str, taken: Collection[str] = ()) -> str:
     """The uid of a new contact for an address. It is always the same, so that no server makes the
     contact twice; or the next in line where the user gave that contact another address."""
-    uids = (uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{address}?mailroom={n}").urn for n in count())
-    return next(uid for uid in uids if uid not in taken)
+    return next(uid for uid in own_uids(f"mailto:{address}") if uid not in taken)
+
+
+def group_uid(name: str, taken: Collection[str] = ()) -> str:
+    """The uid of a new contact group, by the same rule."""
+    return next(uid for uid in own_uids(f"group:{name}") if uid not in taken)
+
+
+def clean_note(text: str, newline: str = "\n") -> str:
+    """A note without Mailroom's lines. `newline`: a pattern for what ends a line."""
+    own = rf"(?:{CREATED_NOTE}|Triaged to (?:(?!{newline}).)+? on \d{{4}}-\d\d-\d\d)"
+    return re.sub(rf"\A(?:{own}(?:{newline}|\Z))+|{newline}{own}(?={newline}|\Z)", "", text)
 
 
 def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]) -> Card | None:
@@ -649,6 +701,11 @@ def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]
         key=lambda contact: (contact.uid not in grouped, contact.created or "~", contact.uid),
         default=None,
     )
+
+
+def contact_name(display_name: str, contact_type: str) -> str:
+    """The name that a contact gets."""
+    return full_name(display_name) if contact_type == "person" else " ".join(display_name.split())
 
 
 def full_name(display_name: str) -> str:
@@ -672,18 +729,80 @@ def plan_contact(
     managed = [card for card in contacts if rules.is_managed(card)]
     found = find_contact(sender, (card for card in contacts if not card.is_group), managed)
     triaged = f"Triaged to {category.contact_group} on {rules.today.isoformat()}"
-    is_person = category.contact_type == "person"
-    name = full_name(display_name) if is_person else " ".join(display_name.split())
+    name = contact_name(display_name, category.contact_type)
     if found:
         name = "" if found.name else name
         note = () if triaged in found.note_lines else (triaged,)
         return CardChange(found.uid, found, name=name, note=note)
     return CardChange(
         contact_uid(sender, {card.uid for card in contacts}),
+        kind=category.contact_type,
         address=sender,
         name=name or sender,
-        is_person=is_person,
         note=(CREATED_NOTE, triaged),
+    )
+
+
+def was_made(card: Card) -> bool:
+    """Whether Mailroom made a contact for an address that it has, or a group for its name."""
+    made_for = [f"mailto:{address}" for address in card.emails]
+    if card.is_group:
+        made_for = [f"group:{card.name}"]
+    noted = card.is_group or CREATED_NOTE in card.note_lines
+    return noted and any(card.uid in islice(own_uids(what), UIDS_IN_LINE) for what in made_for)
+
+
+def names_given(mails: Iterable[Mail]) -> dict[str, set[str]]:
+    """{sender: the names that a contact may have got from the sender's mails}"""
+    names: dict[str, set[str]] = defaultdict(set)
+    for mail in mails:
+        names[mail.sender] |= {
+            contact_name(mail.display_name, kind) or mail.sender for kind in ("company", "person")
+        }
+    return names
+
+
+def as_made(
+    cards: Iterable[Card],
+    names: Mapping[str, Collection[str]],
+    groups: Iterable[Card],
+    untouched: Collection[str],
+) -> set[str]:
+    """The uids of the contacts that nobody has touched since Mailroom made them: the note has no
+    other line, the name is one that the sender's mails give, and no group of the user's has them.
+    `groups`: those of the user; `untouched`: the uids of the cards that Mailroom made and in which
+    the store has found nothing more."""
+    grouped = {uid for group in groups for uid in group.members}
+    return {
+        card.uid
+        for card in cards
+        if card.uid in untouched and card.uid not in grouped
+        if not any(map(clean_note, card.notes.values()))
+        if any(card.name in names.get(address, ()) for address in card.emails)
+    }
+
+
+def take_back(card: Card, gone: Collection[str]) -> CardChange:
+    """What becomes of a contact when triage is taken back: one that Mailroom made and nobody has
+    touched goes, any other loses Mailroom's lines in its notes."""
+    return CardChange(card.uid, card, destroy=card.uid in gone, clean=card.uid not in gone)
+
+
+def plan_undo(
+    sender: str,
+    mails: Iterable[Mail],
+    cards: Collection[Card],
+    rules: Rules,
+    untouched: Collection[str],
+) -> CardChange:
+    """The contact's part where a sender's triage is taken back. Where there is no contact, its uid
+    may have been left behind in groups."""
+    managed = [card for card in cards if rules.is_managed(card)]
+    found = find_contact(sender, (card for card in cards if not card.is_group), managed)
+    if not found:
+        return CardChange(contact_uid(sender, {card.uid for card in cards}), kind="")
+    return take_back(
+        found, as_made([found], names_given(mails), rules.foreign_groups(cards), untouched)
     )
 
 
@@ -691,11 +810,13 @@ def plan_groups(
     uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
 ) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
     """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
-    managed one. Of two groups with one name the first is joined."""
+    managed one; where none is wanted, in none of Mailroom's. Of two groups with one name the first
+    is joined."""
     now = [group for group in groups if uid in group.members]
     missing = set(wanted) - {group.name for group in now}
     first = {group.name: group for group in sorted(groups, key=lambda group: group.uid)[::-1]}
-    leave = (group for group in now if rules.is_managed(group) and group.name not in wanted)
+    left = rules.is_managed if wanted else rules.is_own
+    leave = (group for group in now if left(group) and group.name not in wanted)
     return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
 
 
@@ -707,6 +828,18 @@ def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[st
         groups[group.uid] = group
         uids[group.uid].add(uid)
     return [(group, frozenset(uids[key])) for key, group in groups.items()]
+
+
+def came_to_inbox(mail: Mail, boxes: Boxes) -> bool:
+    """Whether a mail is in the Inbox on account of its category. An ancestor is not its category:
+    that is the one below all others whose destination the mail is in."""
+    there = [
+        category
+        for category in boxes.labels.values()
+        if not category.undoes and boxes.destinations.get(category.name) in mail.mailboxes
+    ]
+    parents = {category.parent for category in there}
+    return any(each.add_to_inbox and each.name not in parents for each in there)
 
 
 def plan_mails(
@@ -725,7 +858,8 @@ def plan_mails(
             add.add(boxes.inbox)
         if tapped and warn:
             add.add(boxes.warning)
-        refile[mail.id] = mail_patch(mail, add, boxes.managed - add)
+        back = {boxes.inbox} if category.undoes and came_to_inbox(mail, boxes) else set()
+        refile[mail.id] = mail_patch(mail, add, (boxes.managed | back) - add)
         finish[mail.id] = mail_patch(
             mail.patched(refile[mail.id]), destinations if tapped else (), [label, boxes.error]
         )
@@ -746,19 +880,25 @@ def plan_sender(
     cards: Collection[Card],
     rules: Rules,
     boxes: Boxes,
+    untouched: Collection[str] = (),
 ) -> SenderPlan:
     """What to do for a sender, given the sender's mails that were found, the labelled among them,
-    and the cards that were: contacts and groups."""
+    and the cards that were: contacts and groups. `untouched`: see `as_made`."""
     labelled = [mail for mail in mails if boxes.label_of(category) in mail.mailboxes]
     display_name = max(labelled, key=lambda mail: (mail.received, mail.id)).display_name
-    contact = plan_contact(sender, category, display_name, cards, rules)
+    if category.undoes:
+        contact = plan_undo(sender, mails, cards, rules, untouched)
+    else:
+        contact = plan_contact(sender, category, display_name, cards, rules)
     family = rules.family(category)
-    wanted = {each.contact_group for each in family}
-    if CREATED_NOTE in [*contact.note, *(contact.card.note_lines if contact.card else ())]:
+    wanted = {each.contact_group for each in family if each.contact_group}
+    lines = contact.card.note_lines if contact.card else contact.note
+    if wanted and CREATED_NOTE in lines:
         wanted.add(rules.provenance_group)
     groups = [card for card in cards if card.is_group]
     join, leave = plan_groups(contact.uid, wanted, groups, rules)
-    differs = bool(boxes.warning) and name_differs(contact.card, display_name)
+    warns = bool(boxes.warning) and not category.undoes
+    differs = warns and name_differs(contact.card, display_name)
     refile, finish = plan_mails(mails, family, boxes, differs)
     return SenderPlan(sender, category, contact, join, leave, refile, finish, differs)
 
@@ -965,6 +1105,7 @@ CORE = "urn:ietf:params:jmap:core"
 MAIL = "urn:ietf:params:jmap:mail"
 CONTACTS = "urn:ietf:params:jmap:contacts"
 SUBMISSION = "urn:ietf:params:jmap:submission"
+SIEVE = "urn:ietf:params:jmap:sieve"
 MAX_PAGE = 4096
 SESSION_URLS = ("apiUrl", "eventSourceUrl", "downloadUrl", "uploadUrl")
 NAME_PARTS = ("given", "given2", "surname")
@@ -1014,8 +1155,9 @@ def error_text(error: JSON) -> str:
 def set_errors(done: JSON) -> dict[str, JSON]:
     """{id or creation id: SetError} of a Foo/set (RFC 8620 section 5.3). Raises ServerError."""
     with understood("Foo/set"):
-        errors = {**(done.get("notCreated") or {}), **(done.get("notUpdated") or {})}
-        return {key: dict(error) for key, error in errors.items()}
+        kinds = ("notCreated", "notUpdated", "notDestroyed")
+        errors = [item for kind in kinds for item in (done.get(kind) or {}).items()]
+        return {key: dict(error) for key, error in errors}
 
 
 def expect(answer: T | MethodError) -> T:
@@ -1249,6 +1391,9 @@ NO_CONTACTS = (
     "the token gives no access to contacts: make one with the contacts scope, "
     "or set MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
 )
+# What a card may have in other ways than by a touch: from the server, or from triage.
+NOT_TOUCHES = {"id", "created", "updated", "prodId", "version", "notes", "members"}
+CARD_KINDS = {"company": "org", "person": "individual", "group": "group"}
 CARD_KEYS = ("id", "uid", "kind", "name", "organizations", "emails", "notes", "created", "members")
 
 
@@ -1273,21 +1418,20 @@ class JMAPContacts:
                 raise ConfigurationError("the account has no address book")
             self._address_book = str(books[0]["id"])
 
-    def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
+    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
         """What to ask the JMAP server, along with other things, for the groups and the contacts
-        that may be those of the addresses. The state comes first, so that a later change by
-        someone else is noticed."""
-        wanted = [{"email": address} for address in addresses]
-        wanted += [{"uid": contact_uid(address)} for address in addresses]
-        filters = [any_of(wanted)] if addresses else []
-        queries = [
-            Query("ContactCard", filter_, CARD_KEYS, jmap_card)
-            for filter_ in [{"kind": "group"}, *filters]
-        ]
+        that may be those of the addresses; without addresses for all cards. The state comes first,
+        so that a later change by someone else is noticed."""
+        filters: list[JSON | None] = [None]
+        if addresses is not None:
+            wanted = [{"email": address} for address in addresses]
+            wanted += [{"uid": contact_uid(address)} for address in addresses]
+            filters = [{"kind": "group"}, *([any_of(wanted)] if addresses else [])]
+        queries = [Query("ContactCard", filter_, CARD_KEYS, jmap_card) for filter_ in filters]
         return [("ContactCard/get", {"ids": []})], queries
 
     def cards(
-        self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
+        self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
     ) -> list[Card]:
         """The cards, given what the questions brought. Raises the MethodError that a query may
         have met: a contact not seen would be doubled."""
@@ -1301,9 +1445,10 @@ class JMAPContacts:
         refused: dict[str, str] = {}
         entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
         for portion in self._client.portions(entries):
-            arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}}
+            arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}, "destroy": {}}
             for verb, key, value in portion.values():
                 arguments[verb][key] = value
+            arguments["destroy"] = list(arguments["destroy"])
             [[answer]] = self._client.send([[("ContactCard/set", arguments)]])
             done = expect(answer)
             self._state = str(done.get("newState"))
@@ -1314,9 +1459,25 @@ class JMAPContacts:
         return refused
 
     def _entry(self, change: CardChange) -> tuple[str, str, JSON]:
+        if change.card and change.destroy:
+            return "destroy", change.card.ref, {"destroy": True}
         if change.card:
             return "update", change.card.ref, jmap_card_patch(change.card, change)
-        return "create", f"new-{uuid.UUID(change.uid)}", jmap_new_card(change, self._address_book)
+        card = jmap_new_card(change, self._address_book) if change.kind else {}
+        return "create", f"new-{uuid.UUID(change.uid)}", card
+
+    def untouched(self, cards: Collection[Card]) -> frozenset[str]:
+        """The uids of those cards that hold nothing but what Mailroom puts into a new one. Whoever
+        writes to one of them later makes `apply` fail. Raises ServerError."""
+        ids = [card.ref for card in cards]
+        most = self._client.limits["maxObjectsInGet"]
+        gets = [("ContactCard/get", {"ids": ids[n : n + most]}) for n in range(0, len(ids), most)]
+        found: set[str] = set()
+        for [answer] in self._client.send([[get] for get in gets]):
+            with understood("ContactCard/get"):
+                raws = expect(answer)["list"]
+                found |= {raw["uid"] for raw in raws if jmap_is_untouched(raw, self._address_book)}
+        return frozenset(found)
 
 
 def jmap_card(raw: JSON) -> Card:
@@ -1341,7 +1502,9 @@ def jmap_card(raw: JSON) -> Card:
 
 def jmap_name(change: CardChange) -> JSON:
     """The properties that name a contact: a person's name in parts, or an organization."""
-    if not change.is_person:
+    if change.kind == "group":
+        return {"name": {"full": change.name}}
+    if change.kind == "company":
         return {"name": {"full": change.name}, "organizations": {"o1": {"name": change.name}}}
     parts = zip(("given", "surname"), split_name(change.name), strict=True)
     components = [{"kind": kind, "value": value} for kind, value in parts if value]
@@ -1349,17 +1512,40 @@ def jmap_name(change: CardChange) -> JSON:
 
 
 def jmap_new_card(change: CardChange, address_book: str) -> JSON:
-    """The ContactCard of a new contact."""
-    return {
+    """The ContactCard of a new contact, or of a new group."""
+    card = {
         "@type": "Card",
         "version": "1.0",
         "uid": change.uid,
-        "kind": "individual" if change.is_person else "org",
+        "kind": CARD_KINDS[change.kind],
         "addressBookIds": {address_book: True},
         **jmap_name(change),
         "emails": {"e1": {"address": change.address}},
         "notes": {"n1": {"note": "\n".join(change.note)}},
     }
+    return {key: card[key] for key in card if change.address or key not in ("emails", "notes")}
+
+
+def scalars(value: Any, key: str = "") -> set[tuple[str, Any]]:
+    """{(nearest key, scalar)} of a JSON value, without the types of objects (`@type`), which a
+    server may leave out."""
+    if isinstance(value, list):
+        return {pair for each in value for pair in scalars(each, key)}
+    if not isinstance(value, dict):
+        return {(key, value)} if key != "@type" else set()
+    return {pair for name, each in value.items() for pair in scalars(each, name)}
+
+
+def jmap_is_untouched(raw: JSON, address_book: str) -> bool:
+    """Whether a ContactCard has nothing in it that Mailroom would not make it with. Its notes, and
+    whether its name is the mail's, are judged by the rules."""
+    card = jmap_card(raw)
+    there = scalars({key: raw[key] for key in raw.keys() - NOT_TOUCHES})
+    new = CardChange(card.uid, name=card.name, address=min(card.emails, default=""))
+    return any(
+        there <= scalars(jmap_new_card(replace(new, kind=kind), address_book))
+        for kind in CARD_KINDS
+    )
 
 
 def jmap_card_patch(card: Card, change: CardChange) -> JSON:
@@ -1373,11 +1559,24 @@ def jmap_card_patch(card: Card, change: CardChange) -> JSON:
         patch[f"notes/{pointer(key)}/note"] = "\n".join(filter(None, [text, *change.note]))
     elif change.note:
         patch["notes"] = {"n1": {"note": "\n".join(change.note)}}
+    if change.clean:
+        patch |= jmap_clean_notes(card.notes)
     if change.add and not card.members:
         patch["members"] = dict.fromkeys(sorted(change.add), True)
     elif change.add:
         patch |= {f"members/{pointer(uid)}": True for uid in sorted(change.add)}
     return patch | {f"members/{pointer(uid)}": None for uid in sorted(change.remove)}
+
+
+def jmap_clean_notes(notes: Mapping[str, str]) -> JSON:
+    """The patch that takes Mailroom's lines out of the notes, and notes that held nothing else."""
+    cleaned = {key: clean_note(text) for key, text in notes.items() if clean_note(text) != text}
+    if cleaned.keys() == notes.keys() and not any(cleaned.values()):
+        return {"notes": None} if notes else {}
+    return {
+        f"notes/{pointer(key)}" + ("/note" if text else ""): text or None
+        for key, text in cleaned.items()
+    }
 
 
 def pointer(token: str) -> str:
@@ -1414,9 +1613,14 @@ def vcard_lines(text: str) -> list[str]:
     return re.findall(r"[^\n]+(?:\n[ \t][^\n]*)*\n?|\n(?:[ \t][^\n]*\n?)*", text)
 
 
+def vcard_unfold(line: str) -> str:
+    """A content line without folds and line end."""
+    return re.sub(r"\r?\n[ \t]", "", line).rstrip("\r\n")
+
+
 def vcard_property(line: str) -> Property:
     """What a content line says; one that cannot be read has an empty name."""
-    unfolded = re.sub(r"\r?\n[ \t]", "", line).rstrip("\r\n")
+    unfolded = vcard_unfold(line)
     match = PROPERTY.fullmatch(unfolded)
     return Property(match[1].upper(), match[2], match[3]) if match else Property("", "", unfolded)
 
@@ -1469,23 +1673,25 @@ def vcard_card(href: str, text: str, created: str) -> Card | None:
 
 
 def new_vcard(change: CardChange) -> str:
-    """The vCard 3.0 of a new contact; a company's as Apple and Fastmail have it."""
+    """The vCard 3.0 of a new contact or group; a company's and a group's as Apple and Fastmail have
+    it."""
     name = vcard_escape(change.name)
     given, surname = map(vcard_escape, split_name(change.name))
-    kind = (
-        [f"N:{surname};{given};;;"]
-        if change.is_person
-        else ["N:;;;;", f"ORG:{name}", "X-ABSHOWAS:COMPANY"]
-    )
+    note = vcard_escape("\n".join(change.note))
+    kinds = {
+        "person": [f"N:{surname};{given};;;"],
+        "company": ["N:;;;;", f"ORG:{name}", "X-ABSHOWAS:COMPANY"],
+        "group": [f"N:{name};;;;", f"{APPLE_KIND}:group"],
+    }
     lines = [
         "BEGIN:VCARD",
         "VERSION:3.0",
         f"PRODID:-//Mailroom//{VERSION}//EN",
         f"UID:{uuid.UUID(change.uid)}",
         f"FN:{name}",
-        *kind,
-        f"EMAIL;TYPE=INTERNET:{vcard_escape(change.address)}",
-        "NOTE:" + vcard_escape("\n".join(change.note)),
+        *kinds[change.kind],
+        *([f"EMAIL;TYPE=INTERNET:{vcard_escape(change.address)}"] if change.address else []),
+        *([f"NOTE:{note}"] if note else []),
         "END:VCARD",
     ]
     return "".join(vcard_fold(line, "\r\n") for line in lines)
@@ -1493,7 +1699,8 @@ def new_vcard(change: CardChange) -> str:
 
 def edit_vcard(text: str, change: CardChange) -> str:
     """The vCard with the change made: lines are added before its end, a note grows by a fold, and a
-    member that leaves goes with its line. Raises ValueError when the vCard has no end."""
+    member that leaves goes with its line, as does a note that has nothing left. Raises ValueError
+    when the vCard has no end."""
     eol = "\r\n" if "\r\n" in text else "\n"
     lines = [(line, vcard_property(line)) for line in vcard_lines(text)]
     names = {each.name for _, each in lines}
@@ -1510,17 +1717,45 @@ def edit_vcard(text: str, change: CardChange) -> str:
             added += [f"NOTE:{note}"] if note else []
             edited += "".join(vcard_fold(new, eol) for new in added)
         leaves = each.name in MEMBERS and canonical_uid(each.value) in change.remove
-        if not leaves and not (change.name and each.name == "FN" and not named):
+        is_note = each.name == "NOTE" and each.value and "ENCODING" not in each.parameters.upper()
+        if is_note and change.clean:
+            edited += vcard_clean_note(line, eol)
+        elif not leaves and not (change.name and each.name == "FN" and not named):
             edited += line
-        if (
-            note
-            and each.name == "NOTE"
-            and each.value
-            and "ENCODING" not in each.parameters.upper()
-        ):
+        if note and is_note:
             edited += vcard_fold(f" \\n{note}", eol)
             note = ""
     return edited
+
+
+def vcard_clean_note(line: str, eol: str) -> str:
+    """A NOTE without Mailroom's lines; empty when nothing is left of it."""
+    value = vcard_property(line).value
+    cleaned = clean_note(value, r"\\[nN]")
+    if cleaned == value:
+        return line
+    return vcard_fold(vcard_unfold(line).removesuffix(value) + cleaned, eol) if cleaned else ""
+
+
+def vcard_facts(text: str) -> set[tuple[str, str]]:
+    """{(property, its value or its parameters)} of what a person may have put into a vCard."""
+    facts = set()
+    for each in map(vcard_property, vcard_lines(text)):
+        if each.name not in ("VERSION", "PRODID", "REV", "UID", "NOTE", *MEMBERS):
+            facts |= {(each.name, each.value.strip()), (each.name, each.parameters.upper())}
+    return facts
+
+
+def vcard_is_untouched(text: str) -> bool:
+    """Whether a vCard has nothing in it that Mailroom would not make it with. Its notes, and
+    whether its name is the mail's, are judged by the rules."""
+    card = vcard_card("", text, "")
+    if not card:
+        return False
+    new = CardChange(card.uid, name=card.name, address=min(card.emails, default=""))
+    return any(
+        vcard_facts(text) <= vcard_facts(new_vcard(replace(new, kind=kind))) for kind in CARD_KINDS
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1589,6 +1824,7 @@ class CardDAVContacts:
         self._url = url
         self._books: dict[str, bool] = {}
         self._version_4: set[str] = set()
+        self._etags: dict[str, str] = {}
 
     def prepare(self) -> None:
         """Find the address books that can be written (RFC 6764 section 6): from the URL to the
@@ -1645,12 +1881,12 @@ class CardDAVContacts:
         with understood(reply.url):
             return dav_properties(reply.url, reply.body)
 
-    def questions(self, addresses: Collection[str]) -> tuple[list[Call], list[Query]]:
+    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
         """Nothing: the JMAP server does not know."""
         return [], []
 
     def cards(
-        self, addresses: Collection[str], answers: Sequence[JSON], found: Sequence[Found]
+        self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
     ) -> list[Card]:
         """All cards, in one request for each address book. Servers differ in what their filters
         miss (Cyrus 3.6: addresses in property groups), and a contact missed would be doubled."""
@@ -1672,14 +1908,35 @@ class CardDAVContacts:
         for change in changes:
             joining = replace(change, add=change.add - refused.keys())
             try:
-                reason = (
-                    self._edit(joining.card, joining) if joining.card else self._create(joining)
-                )
+                reason = self._carry_out(joining)
             except ValueError as error:
                 reason = f"it cannot be read: {error}"
             if reason:
                 refused[change.uid] = reason
         return refused
+
+    def untouched(self, cards: Collection[Card]) -> frozenset[str]:
+        """The uids of those cards that hold nothing but what Mailroom puts into a new one. What
+        they are destroyed by later is the version seen here. Raises ServerError."""
+        found = set()
+        for card in cards:
+            with understood(card.ref):
+                text, etag = self._get(card)
+            if etag and vcard_is_untouched(text):
+                self._etags[card.ref] = etag
+                found.add(card.uid)
+        return frozenset(found)
+
+    def _carry_out(self, change: CardChange) -> str:
+        """Why a change was refused. Raises ValueError for a card that cannot be read."""
+        if change.card:
+            return self._destroy(change.card) if change.destroy else self._edit(change.card, change)
+        return self._create(change) if change.kind else ""
+
+    def _destroy(self, card: Card) -> str:
+        headers = {"If-Match": self._etags[card.ref]}
+        reply = self._http.request("DELETE", card.ref, headers, accept=CARD_ANSWERS)
+        return "" if reply.status in (*range(200, 300), 404) else f"HTTP {reply.status}"
 
     def _create(self, change: CardChange) -> str:
         """Make a card at a place of its own, where no second one can be made; why it failed."""
@@ -1688,19 +1945,11 @@ class CardDAVContacts:
         return "" if status < 300 else f"HTTP {status}"
 
     def _edit(self, card: Card, change: CardChange) -> str:
-        """Change a card as it is at this moment, again while others change it too; why it failed.
-
-        A server may show a card of version 4.0 as 3.0, but what it is sent it keeps: such a card is
-        asked for as it is.
-        """
-        version = "; version=4.0" if card.ref in self._version_4 else ""
-        headers = {"Accept": f"text/vcard{version}", "Accept-Encoding": "identity"}
+        """Change a card as it is now, again while others change it too; why it failed."""
         for _ in range(EDIT_ATTEMPTS):
-            reply = self._http.request("GET", card.ref, headers, accept=CARD_ANSWERS)
-            etag = reply.headers.get("ETag")
-            if reply.status != 200 or not etag:
-                return f"HTTP {reply.status}, ETag {etag}"
-            text = reply.body.decode()
+            text, etag = self._get(card)
+            if not etag:
+                return text
             edited = edit_vcard(text, change)
             if edited == text:
                 return ""
@@ -1708,6 +1957,18 @@ class CardDAVContacts:
             if status != 412:
                 return "" if status < 300 else f"HTTP {status}"
         return "someone else keeps changing it"
+
+    def _get(self, card: Card) -> tuple[str, str]:
+        """(the vCard, its ETag), or (why there is none, nothing). A server may show a card of
+        version 4.0 as 3.0, but what it is sent it keeps: such a card is asked for as it is. Raises
+        ValueError for one that is no text."""
+        version = "; version=4.0" if card.ref in self._version_4 else ""
+        headers = {"Accept": f"text/vcard{version}", "Accept-Encoding": "identity"}
+        reply = self._http.request("GET", card.ref, headers, accept=CARD_ANSWERS)
+        etag = reply.headers.get("ETag", "")
+        if reply.status != 200 or not etag:
+            return f"HTTP {reply.status}, ETag {etag or None}", ""
+        return reply.body.decode(), etag
 
     def _put(self, url: str, text: str, condition: Mapping[str, str]) -> int:
         headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
@@ -1740,6 +2001,16 @@ def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | 
 
 
 ContactStore = JMAPContacts | CardDAVContacts
+
+
+def new_clients(
+    settings: MailroomSettings, stopping: Callable[[], bool] = bool
+) -> tuple[JMAPClient, ContactStore]:
+    """The clients of the account that the settings are for."""
+    client = JMAPClient(
+        settings.jmap_token, settings.jmap_url, username=settings.jmap_username, stopping=stopping
+    )
+    return client, contact_store(settings, client, stopping)
 
 
 def contact_store(
@@ -2130,43 +2401,117 @@ def ids_by_name(mailboxes: Iterable[tuple[int, str, str]]) -> dict[str, str]:
 MAILBOXES = Query("Mailbox", None, ("id", "name", "parentId", "role"), parse_mailbox)
 
 
-def missing_names(kind: str, needed: Iterable[str], there: Collection[str]) -> list[str]:
-    """A line for each name that the account lacks."""
-    return [
-        f"the account has no {kind} {name!r}: make one, or change the settings"
-        for name in sorted(set(needed))
-        if name not in there
+class Need(NamedTuple):
+    """Something that the account has to have. `kind`: "mailbox", "label" (which is a mailbox too)
+    or "contact group"."""
+
+    kind: str
+    name: str
+    purpose: str
+    optional: bool = False
+
+
+def needed_mailboxes(settings: MailroomSettings) -> list[Need]:
+    """The mailboxes that the settings name, beside the Inbox."""
+    categories = settings.triage_categories
+    needs = [Need("mailbox", settings.screener_mailbox, "mail of strangers waits here")]
+    needs += [
+        Need("mailbox", name, f"mail of {listed}")
+        for name, listed in purposes(categories, "destination_mailbox").items()
     ]
+    needs += [
+        Need("label", category.label, f"triages a sender to {category.name}")
+        for category in categories
+    ]
+    needs.append(Need("label", settings.label_undo, "takes a triage back", optional=True))
+    needs.append(Need("label", settings.label_mailroom_error, "what cannot be done"))
+    if settings.warnings_enabled:
+        needs.append(Need("label", settings.label_mailroom_warning, "another name than expected"))
+    return needs
+
+
+def needed_groups(settings: MailroomSettings) -> list[Need]:
+    """The contact groups that the settings name."""
+    groups = purposes(settings.triage_categories, "contact_group")
+    return [
+        *(Need("contact group", name, f"senders of {listed}") for name, listed in groups.items()),
+        Need("contact group", settings.provenance_group, "contacts that Mailroom has made"),
+    ]
+
+
+def purposes(categories: Iterable[Category], attribute: str) -> dict[str, str]:
+    """{what an attribute names: the names of the categories that share it}."""
+    named: dict[str, list[str]] = defaultdict(list)
+    for category in categories:
+        named[getattr(category, attribute)].append(category.name)
+    return {name: ", ".join(names) for name, names in named.items()}
+
+
+def group_names(cards: Iterable[Card]) -> set[str]:
+    return {card.name for card in cards if card.is_group}
+
+
+def missing(needs: Iterable[Need], there: Collection[str]) -> list[str]:
+    """A line for each thing that the account lacks and Mailroom cannot do without."""
+    return sorted(
+        f"the account has no {need.kind} {need.name!r}: `setup --apply` makes it"
+        for need in needs
+        if need.name not in there and not need.optional
+    )
 
 
 def missing_mailboxes(ids: Mapping[str, str], settings: MailroomSettings) -> list[str]:
     """A line for each mailbox that the settings name and the account lacks."""
-    names = ["Inbox", settings.screener_mailbox, settings.label_mailroom_error]
-    names += [settings.label_mailroom_warning] if settings.warnings_enabled else []
-    for category in settings.triage_categories:
-        names += [category.label, category.destination_mailbox]
-    return missing_names("mailbox", names, ids)
+    inbox = [Need("mailbox", "Inbox", "the Inbox")]
+    return missing([*inbox, *needed_mailboxes(settings)], ids)
 
 
 def missing_groups(cards: Iterable[Card], settings: MailroomSettings) -> list[str]:
     """A line for each contact group that the settings name and the account lacks."""
-    names = [settings.provenance_group, *(c.contact_group for c in settings.triage_categories)]
-    return missing_names("contact group", names, {card.name for card in cards if card.is_group})
+    return missing(needed_groups(settings), group_names(cards))
+
+
+def rules_of(settings: MailroomSettings) -> Rules:
+    """The rules by which the settings have it done today."""
+    return Rules(settings.triage_categories, settings.provenance_group, date.today())
 
 
 def find_boxes(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
     """The mailboxes that the settings name. Raises ConfigurationError where some are missing."""
     if missing := missing_mailboxes(ids, settings):
         raise ConfigurationError(*missing)
-    categories = settings.triage_categories
+    boxes = boxes_there(ids, settings)
+    return boxes if settings.warnings_enabled else replace(boxes, warning="")
+
+
+def boxes_there(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
+    """Those of the mailboxes that the settings name which the account has."""
+    asked = [*settings.triage_categories, settings.undo]
+    destinations = {each.name: ids.get(each.destination_mailbox, "") for each in asked}
     return Boxes(
-        inbox=ids["Inbox"],
-        screener=ids[settings.screener_mailbox],
-        error=ids[settings.label_mailroom_error],
-        warning=ids[settings.label_mailroom_warning] if settings.warnings_enabled else "",
-        labels={ids[each.label]: each for each in categories},
-        destinations={each.name: ids[each.destination_mailbox] for each in categories},
+        inbox=ids.get("Inbox", ""),
+        screener=ids.get(settings.screener_mailbox, ""),
+        error=ids.get(settings.label_mailroom_error, ""),
+        warning=ids.get(settings.label_mailroom_warning, ""),
+        labels={ids[each.label]: each for each in asked if each.label in ids},
+        destinations={name: box for name, box in destinations.items() if box},
     )
+
+
+def read_account(
+    client: JMAPClient, contacts: ContactStore, addresses: Collection[str] | None = ()
+) -> tuple[dict[str, str], list[Card]]:
+    """({name: id} of the mailboxes, the contact groups and the contacts of the addresses); None
+    for the addresses means all contacts, and the store may bring more than is asked for."""
+    calls, questions = contacts.questions(addresses)
+    answers, [mailboxes, *found] = client.fetch([MAILBOXES, *questions], calls)
+    return ids_by_name(expect(mailboxes)), contacts.cards(addresses, answers, found)
+
+
+def check_writable(client: JMAPClient) -> None:
+    """Raises ConfigurationError for a token that may only read mail."""
+    if client.account(MAIL).get("isReadOnly"):
+        raise ConfigurationError("the token may only read mail: make one that may write it")
 
 
 def by_from(address: str) -> JSON:
@@ -2207,13 +2552,9 @@ class Triage:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
         self._ready = False
         self._client.connect()
-        if self._client.account(MAIL).get("isReadOnly"):
-            raise ConfigurationError("the token may only read mail: make one that may write it")
+        check_writable(self._client)
         self._contacts.prepare()
-        calls, questions = self._contacts.questions([])
-        answers, [mailboxes, *found] = self._client.fetch([MAILBOXES, *questions], calls)
-        cards = self._contacts.cards([], answers, found)
-        ids = ids_by_name(expect(mailboxes))
+        ids, cards = read_account(self._client, self._contacts)
         if missing := missing_mailboxes(ids, self._settings) + missing_groups(
             cards, self._settings
         ):
@@ -2239,14 +2580,23 @@ class Triage:
             batch = {sender: decided[sender] for sender in senders[start : start + SENDERS_AT_ONCE]}
             failed |= self._triage(batch, mails)
         patches = error_patches(mails, decided, unusable, self._boxes)
+        return failed | self._mark_errors(mails, unusable, patches)
+
+    def _mark_errors(
+        self, mails: Iterable[Mail], unusable: Collection[str], patches: Mapping[str, MailPatch]
+    ) -> dict[str, str]:
+        """Put the error label on the unusable mails and take it off others; {sender: why it
+        failed}."""
         refused = self._update_mails(patches)
         for mail in mails:
-            if mail.id in refused:
-                failed[mail.sender or f"mail {mail.id}"] = refused[mail.id]
-            elif mail.id in unusable and patches[mail.id]:
+            if mail.id in unusable and patches[mail.id] and mail.id not in refused:
                 reason = why_unusable(mail, self._own)
                 LOG.warning("mail marked as an error", extra=fields(mail=mail.id, reason=reason))
-        return failed
+        return {
+            mail.sender or f"mail {mail.id}": refused[mail.id]
+            for mail in mails
+            if mail.id in refused
+        }
 
     def _read(self) -> list[Mail]:
         """The mails under a triage label or the error label. The states come first: what happens
@@ -2307,11 +2657,14 @@ class Triage:
             raise ConfigurationError(*missing)
         known = [mail for mail in queue if mail.sender in senders]
         mails = self._complete(known, found[len(questions)], expect(found[-1]))
-        rules = Rules(
-            self._settings.triage_categories, self._settings.provenance_group, date.today()
-        )
+        undone = {sender for sender, category in senders.items() if category.undoes}
+        made = [card for card in cards if card.emails & undone and was_made(card)]
+        untouched = self._contacts.untouched(made) if made else ()
+        rules = rules_of(self._settings)
         return [
-            plan_sender(sender, category, mails[sender].values(), cards, rules, self._boxes)
+            plan_sender(
+                sender, category, mails[sender].values(), cards, rules, self._boxes, untouched
+            )
             for sender, category in senders.items()
             if any(
                 self._boxes.label_of(category) in mail.mailboxes for mail in mails[sender].values()
@@ -2377,15 +2730,16 @@ class Triage:
 
     def _note_triaged(self, plan: SenderPlan) -> None:
         filed = sum(map(bool, plan.refile.values()))
-        self._counts["senders_triaged_total"] += 1
+        undone = plan.category.undoes
+        self._counts["senders_undone_total" if undone else "senders_triaged_total"] += 1
         self._counts["mails_filed_total"] += filed
         LOG.info(
-            "sender triaged",
+            "triage taken back" if undone else "sender triaged",
             extra=fields(
                 sender=plan.sender,
-                category=plan.category.name,
+                **{} if undone else {"category": plan.category.name},
                 mails_filed=filed,
-                contact="known" if plan.contact.card else "created",
+                contact=plan.contact.fate,
                 joined=[group.name for group in plan.join],
                 left=[group.name for group in plan.leave],
             ),
@@ -2400,17 +2754,21 @@ class Triage:
 
     def _write_contacts(self, plans: Collection[SenderPlan]) -> dict[str, str]:
         """Write the contacts and join the groups, and only then leave others: a failure on the way
-        leaves a sender in too many groups, never in none. {sender: why it failed}"""
+        leaves a sender in too many groups, never in none. A contact that is to go does so last, or
+        its uid would stay behind in groups. {sender: why it failed}"""
         joins = [(group, plan.contact.uid) for plan in plans for group in plan.join]
         refused = self._contacts.apply(
             [
-                *(plan.contact for plan in plans),
+                *(plan.contact for plan in plans if not plan.contact.destroy),
                 *(CardChange(group.uid, group, add=uids) for group, uids in by_group(joins)),
             ]
         )
         leaves = [(group, plan.contact.uid) for plan in plans for group in plan.to_leave(refused)]
         refused |= self._contacts.apply(
             [CardChange(group.uid, group, remove=uids) for group, uids in by_group(leaves)]
+        )
+        refused |= self._contacts.apply(
+            [change for plan in plans for change in plan.to_destroy(refused)]
         )
         return {
             plan.sender: f"contact card {card}: {refused[card]}"
@@ -2454,6 +2812,97 @@ class Triage:
 
 
 # ------------------------------------------------------------------------------------------------
+# The dry run: what a cycle would do, in words
+# ------------------------------------------------------------------------------------------------
+
+
+def number(count: int, noun: str) -> str:
+    """`1 mail`, `2,500 mails`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def explain_contact(change: CardChange) -> str:
+    """What becomes of a sender's contact, and why."""
+    if not change.card:
+        made = f'make the contact "{change.name}" ({change.kind}): none has this address'
+        return made if change.kind else "there is no contact with this address"
+    name = change.card.name
+    if change.destroy:
+        return f'delete the contact "{name}": Mailroom made it and nobody has touched it'
+    if change.clean:
+        return f'keep the contact "{name}", without Mailroom\'s lines in its note'
+    filled = [f'give it the name "{change.name}", as it has none'] if change.name else []
+    noted = [f'add "{line}" to its note' for line in change.note]
+    return ", ".join([f'keep the contact "{name}", which has this address', *filled, *noted])
+
+
+def explain_patches(patches: Iterable[MailPatch], names: Mapping[str, str]) -> Iterator[str]:
+    """Where mails go, a line for those that go the same way. `names`: {mailbox id: name}."""
+    ways = Counter(tuple(sorted(patch.items())) for patch in patches if patch)
+    for way, mails in ways.items():
+        boxes = [(names[path.removeprefix("mailboxIds/")], stays) for path, stays in way]
+        out = listed(name for name, stays in boxes if not stays)
+        into = listed(name for name, stays in boxes if stays)
+        yield f"file {number(mails, 'mail')} into {into}" + (f", out of {out}" if out else "")
+
+
+def explain(plan: SenderPlan, names: Mapping[str, str]) -> str:
+    """What a plan does for a sender, and why, in lines. `names`: {mailbox id: name}."""
+    category, finish = plan.category, [patch for patch in plan.finish.values() if patch]
+    lines = [f"{plan.sender} has the label {category.label}", explain_contact(plan.contact)]
+    if plan.join:
+        lines.append(f"put the contact into {listed(group.name for group in plan.join)}")
+    if plan.leave:
+        lines.append(f"take the contact out of {listed(group.name for group in plan.leave)}")
+    lines += explain_patches(plan.refile.values(), names)
+    if plan.name_differs:
+        lines.append("warn that the mail gives another name than the contact")
+    lines.append(f"take {category.label} off {number(len(finish), 'mail')}")
+    return "\n  ".join(lines)
+
+
+class DryRun(Triage):
+    """The cycle without its writes: it says what it would do, where that is news."""
+
+    def __init__(self, say: Callable[[str], object], *given: Any) -> None:
+        super().__init__(*given)
+        self._say = say
+        self._found: list[str] = []
+        self._said: list[str] = []
+
+    def run(self) -> dict[str, str]:
+        """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
+        self._found = []
+        failed = super().run()
+        said, self._said = self._said, sorted(self._found) or ["There is nothing to do."]
+        for text in self._said:
+            if text not in said:
+                self._say(text)
+        return failed
+
+    def carry_out(self, plans: Collection[SenderPlan]) -> dict[str, str]:
+        names = {id_: name for name, id_ in self._ids.items()}
+        self._found += [explain(plan, names) for plan in plans]
+        return {}
+
+    def _mark_errors(
+        self, mails: Iterable[Mail], unusable: Collection[str], patches: Mapping[str, MailPatch]
+    ) -> dict[str, str]:
+        label = self._settings.label_mailroom_error
+        for mail in mails:
+            if patches.get(mail.id) and mail.id in unusable:
+                reason = why_unusable(mail, self._own)
+                self._found.append(f"mail {mail.id} gets {label}: {reason}")
+            elif patches.get(mail.id):
+                self._found.append(f"mail {mail.id} loses {label}: nothing is wrong any more")
+        return {}
+
+
+# ------------------------------------------------------------------------------------------------
 # Health and metrics
 # ------------------------------------------------------------------------------------------------
 
@@ -2467,7 +2916,12 @@ class Health:
 
     def __init__(self, settings: MailroomSettings) -> None:
         self.stream = StreamStatus()
-        self.counts = Counter(senders_triaged_total=0, sender_failures_total=0, mails_filed_total=0)
+        self.counts = Counter(
+            senders_triaged_total=0,
+            senders_undone_total=0,
+            sender_failures_total=0,
+            mails_filed_total=0,
+        )
         self.consecutive_failures = 0
         self.last_trigger: str | None = None
         self.last_success: float | None = None
@@ -2527,6 +2981,7 @@ class Health:
 # The service
 # ------------------------------------------------------------------------------------------------
 
+FAULT = "a fault in the program"
 SHUTDOWN_SECONDS = 3.0
 CONNECT_GRACE = 1.0
 
@@ -2544,9 +2999,16 @@ def drain_queue(queue_: Any) -> int:
 
 class Service:
     """The long-lived greenlets: one that runs the cycles, one that listens, one for health. When
-    one of them ends, so does the program."""
+    one of them ends, so does the program. With `once` there is but one cycle, and nothing else;
+    with `dry_run`, called with each plan in words, no cycle writes."""
 
-    def __init__(self, settings: MailroomSettings) -> None:
+    def __init__(
+        self,
+        settings: MailroomSettings,
+        *,
+        once: bool = False,
+        dry_run: Callable[[str], object] | None = None,
+    ) -> None:
         self.shutdown = gevent.event.Event()
         self.health = Health(settings)
         self._settings = settings
@@ -2554,24 +3016,21 @@ class Service:
         self._seen = SeenStates()
         self._over: gevent.event.AsyncResult[BaseException | None] = gevent.event.AsyncResult()
         self._greenlets: list[gevent.Greenlet[..., Any]] = []
-        self._client = JMAPClient(
-            settings.jmap_token,
-            settings.jmap_url,
-            username=settings.jmap_username,
-            stopping=self.shutdown.is_set,
-        )
-        contacts = contact_store(settings, self._client, self.shutdown.is_set)
-        self._triage = Triage(settings, self._client, contacts, self._seen, self.health.counts)
+        self._client, contacts = new_clients(settings, self.shutdown.is_set)
+        given = (settings, self._client, contacts, self._seen, self.health.counts)
+        self._triage = DryRun(dry_run, *given) if dry_run else Triage(*given)
+        self._once = once
         self._told: dict[str, str] = {}
         self._listening = False
 
     def run(self) -> int:
-        """Serve until a signal or a fault; the exit status."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(number, self.shutdown.set)
+        """Serve until a signal or a fault, or the one cycle is done; the exit status."""
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(signal_number, self.shutdown.set)
         try:
-            self._serve_health()
-            cycles = self._spawn(self._cycles)
+            if not self._once:
+                self._serve_health()
+            cycles = self._spawn(self._only_cycle if self._once else self._cycles)
             waited: list[Any] = [self.shutdown, self._over]
             gevent.wait(waited, count=1)
             if self.shutdown.is_set():
@@ -2579,15 +3038,19 @@ class Service:
                 cycles.join(SHUTDOWN_SECONDS)
                 LOG.info("stopped")
                 return 0
-            if isinstance(fault := self._over.get(), ConfigurationError):
+            if isinstance(fault := self._over.get(), (ConfigurationError, BrokenPipeError)):
                 raise fault
+            if self._once and fault is None:
+                return 3 if self.health.consecutive_failures else 0
             raise RuntimeError("a greenlet has ended") from fault
         except ConfigurationError as error:
             for problem in error.problems:
                 LOG.error(problem)
             return 2
+        except BrokenPipeError:
+            raise
         except Exception:
-            LOG.critical("a fault in the program", exc_info=True)
+            LOG.critical(FAULT, exc_info=True)
             return 1
         finally:
             gevent.killall(self._greenlets, timeout=1)
@@ -2615,6 +3078,8 @@ class Service:
     def _listen(self) -> None:
         """Start to listen, once it is known where."""
         url = self._client.event_source_url
+        if self._once:
+            return
         if not url and self.health.last_success is None:
             LOG.info("the server has no push: polling")
         if not url or self._listening:
@@ -2644,6 +3109,10 @@ class Service:
         while not self.shutdown.is_set():
             delay = self._cycle(trigger)
             trigger = self._wait(delay)
+
+    def _only_cycle(self) -> None:
+        """One cycle, and no wait after it."""
+        self._cycle("startup")
 
     def _wait(self, delay: float) -> str:
         """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
@@ -2701,7 +3170,7 @@ class Service:
             LOG.info("recovered", extra=fields(failed_cycles=before))
         LOG.debug("cycle done", extra=fields(trigger=trigger, result=result))
         interval = self._settings.poll_interval
-        if not failures:
+        if not failures or self._once:
             return interval
         # No event shortens this pause: a server in trouble is not asked at the pace of its events.
         pause = min(interval, max(retry_after, FIRST_DELAY))
@@ -2710,30 +3179,496 @@ class Service:
 
 
 # ------------------------------------------------------------------------------------------------
-# The command
+# What a person reads
+# ------------------------------------------------------------------------------------------------
+
+WIDTH = 80
+COLOURS = {"there": "\x1b[32m", "made": "\x1b[32m", "missing": "\x1b[33m", "problem": "\x1b[31m"}
+
+
+class Console:
+    """Standard output, for a person. There is colour on a terminal only, and never with NO_COLOR
+    (no-color.org); no text can command the terminal, and no secret gets through."""
+
+    def __init__(self, settings: MailroomSettings) -> None:
+        self._redact = settings.redact
+        self._is_watched = sys.stdout.isatty()
+        self._has_colour = self._is_watched and not os.environ.get("NO_COLOR")
+
+    def say(self, text: str = "", meaning: str = "") -> None:
+        """Print lines of text, in the colour of their meaning."""
+        shown = "\n".join(CONTROLS.sub(" ", self._redact(line)) for line in text.split("\n"))
+        colour = COLOURS.get(meaning) if self._has_colour else ""
+        print(f"{colour}{shown}\x1b[0m" if colour else shown, flush=True)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Print how far long work has come: on one line where a person watches."""
+        text = f"{done:,} of {total:,} {what}"
+        if self._is_watched:
+            print(f"\r\x1b[K{text}", end="" if done < total else "\n", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns, none longer than WIDTH."""
+    kept = [[CONTROLS.sub(" ", cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*kept, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in kept)
+    return [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------
+# Setup: what the account has, what it lacks, and making that
 # ------------------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0 stopped as asked, 1 a fault in the program, 2 settings or
-    credentials."""
+def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, str]:
+    """What the session offers, in words."""
+    account, limits = client.account(MAIL), client.limits
+    rights = (account.get("accountCapabilities") or {}).get(MAIL) or {}
+    token = "may only read mail" if account.get("isReadOnly") else "may write mail"
+    if rights.get("mayCreateTopLevelMailbox") is False:
+        token += ", but make no mailboxes"
+    contacts = "over JMAP"
+    if settings.carddav_username:
+        contacts = f"over CardDAV, {settings.carddav_url} as {settings.carddav_username}"
+    return {
+        "account": f"{account.get('name') or account['id']}, {client.session_url}",
+        "token": token,
+        "contacts": contacts,
+        "push": "yes" if client.event_source_url else "no: polling",
+        "Sieve": "over JMAP" if client.account(SIEVE) else "not over JMAP",
+        "limits": f"{limits['maxObjectsInGet']:,} objects a get, {limits['maxObjectsInSet']:,} "
+        f"a set; {limits['maxCallsInRequest']} calls, {limits['maxSizeRequest'] // 1000:,} kB",
+    }
+
+
+def look_at_account(
+    client: JMAPClient, contacts: ContactStore
+) -> tuple[dict[str, str], list[Card], list[str]]:
+    """({name: id} of the mailboxes, the contact groups, a line for each reason why Mailroom cannot
+    work there). Raises ConfigurationError where there is nothing to look at, ServerError."""
+    client.connect()
+    problems: list[str] = []
+    checks: list[Callable[[], None]] = [lambda: check_writable(client), contacts.prepare]
+    for check in checks:
+        try:
+            check()
+        except ConfigurationError as error:
+            problems += error.problems
+    if not problems:
+        ids, cards = read_account(client, contacts)
+    else:
+        _, [mailboxes] = client.fetch([MAILBOXES])
+        ids, cards = ids_by_name(expect(mailboxes)), []
+    if "Inbox" not in ids:
+        problems.append("the account has no mailbox with the role of the Inbox")
+    return ids, cards, problems
+
+
+def make_mailboxes(needs: Sequence[Need], client: JMAPClient) -> dict[Need, str]:
+    """Make mailboxes at the top, which mail apps show; {need: why it was refused}."""
+    entries = {f"m{n}": {"name": each.name, "isSubscribed": True} for n, each in enumerate(needs)}
+    calls: list[Call] = [("Mailbox/set", {"create": part}) for part in client.portions(entries)]
+    return {
+        needs[int(key[1:])]: error_text(error)
+        for [answer] in client.send([[call] for call in calls])
+        for key, error in set_errors(expect(answer)).items()
+    }
+
+
+def make_groups(
+    needs: Iterable[Need], cards: Iterable[Card], contacts: ContactStore
+) -> dict[Need, str]:
+    """Make contact groups; {need: why it was refused}."""
+    taken = {card.uid for card in cards}
+    groups = {group_uid(need.name, taken): need for need in needs}
+    changes = [CardChange(uid, kind="group", name=need.name) for uid, need in groups.items()]
+    return {groups[uid]: why for uid, why in contacts.apply(changes).items()}
+
+
+def attempt(needs: Collection[Need], make: Callable[[], dict[Need, str]]) -> dict[Need, str]:
+    """{need: empty where it was made, or why it was not}"""
+    try:
+        return dict.fromkeys(needs, "") | (make() if needs else {})
+    except ServerError as error:
+        return dict.fromkeys(needs, str(error))
+
+
+class Item(NamedTuple):
+    """A line of what `setup` tells. `state`: there, missing, made or refused (with a reason)."""
+
+    state: str
+    kind: str
+    name: str
+    purpose: str
+
+
+def setup_items(
+    needs: Iterable[Need], lacking: Collection[Need], tried: Mapping[Need, str]
+) -> list[Item]:
+    """The state of each need, given those that were lacking and what became of the tries."""
+    items = []
+    for need in needs:
+        state, told = ("missing" if need in lacking else "there"), need.purpose
+        if need in tried:
+            state, told = ("refused", tried[need]) if tried[need] else ("made", told)
+        items.append(Item(state, need.kind, need.name, told))
+    return items
+
+
+def setup_verdict(states: Counter[str], problems: Collection[str]) -> tuple[int, str]:
+    """(exit status, what to do next)"""
+    if problems:
+        return 2, "Mailroom cannot work like that. Nothing has been changed."
+    if states["refused"]:
+        things = number(states["refused"], "thing")
+        return 1, f"{things} could not be made. Mend that and run it again: it makes the rest."
+    if states["missing"]:
+        things = number(states["missing"], "thing")
+        return 0, f"{things} to make. Nothing has been changed: `setup --apply` makes them."
+    if states["made"]:
+        things = number(states["made"], "thing")
+        return 0, f"{things} made. Now put the rules in, and start Mailroom."
+    return 0, "There is nothing to do."
+
+
+def rule_rows(settings: MailroomSettings) -> list[tuple[str, str]]:
+    """(of whom, where to) for each rule that the account has to have."""
+    rows = []
+    for each in settings.triage_categories:
+        inbox = "keep it in the Inbox" if each.add_to_inbox else "skip the Inbox"
+        rows.append((f"in the group {each.contact_group}", f"{each.destination_mailbox}, {inbox}"))
+    return [*rows, ("in no contact", f"{settings.screener_mailbox}, skip the Inbox")]
+
+
+def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
+    """The command: look at the account, make with `--apply` what is missing, and tell of it; the
+    exit status. Raises MailroomError."""
+    client, contacts = new_clients(settings)
+    ids, cards, problems = look_at_account(client, contacts)
+    boxes, groups = needed_mailboxes(settings), needed_groups(settings)
+    no_boxes = [need for need in boxes if need.name not in ids]
+    no_groups = [need for need in groups if need.name not in group_names(cards)]
+    tried: dict[Need, str] = {}
+    if options.apply and not problems:
+        tried |= attempt(no_boxes, lambda: make_mailboxes(no_boxes, client))
+        tried |= attempt(no_groups, lambda: make_groups(no_groups, cards, contacts))
+    items = setup_items([*boxes, *groups], [*no_boxes, *no_groups], tried)
+    status, verdict = setup_verdict(Counter(item.state for item in items), problems)
+    facts = session_facts(client, settings)
+    if options.json:
+        plan = {"account": facts, "items": [item._asdict() for item in items]}
+        print(json.dumps({**plan, "problems": problems, "verdict": verdict}, indent=2))
+    else:
+        show_setup(Console(settings), facts, items, rule_rows(settings), [*problems, verdict])
+    return status
+
+
+def show_setup(
+    console: Console,
+    facts: Mapping[str, str],
+    items: Sequence[Item],
+    rules: Iterable[Sequence[str]],
+    last: Iterable[str],
+) -> None:
+    console.say("\n".join(table(facts.items())) + "\n")
+    for line, item in zip(table(items), items, strict=True):
+        console.say(line, item.state)
+    console.say("\nRules for the mail to come, where the sender is")
+    console.say("\n".join(f"  {line}" for line in table(rules)) + "\n")
+    for line in last:
+        console.say(line)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reset: Mailroom taken back out of the account
+# ------------------------------------------------------------------------------------------------
+
+CARDS_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class ResetPlan:
+    """All that a reset does, in this order: so that mail to come is routed as before Mailroom, and
+    what tells a contact as Mailroom's own is there as long as it is asked for. `kept`: contacts
+    that Mailroom made and somebody touched."""
+
+    groups: tuple[CardChange, ...]
+    contacts: tuple[CardChange, ...]
+    mails: Mapping[str, MailPatch]
+    kept: tuple[Card, ...]
+
+
+def reset_patch(mail: Mail, boxes: Boxes) -> MailPatch:
+    """The patch that takes a mail out of all that is Mailroom's; back into the Screener if it was
+    in a destination, or would be nowhere."""
+    destinations = boxes.managed - {boxes.screener}
+    gone = {*destinations, *boxes.labels, boxes.error, boxes.warning}
+    if came_to_inbox(mail, boxes):
+        gone.add(boxes.inbox)
+    goes_back = mail.mailboxes & destinations or mail.mailboxes <= gone
+    return mail_patch(mail, [boxes.screener] if goes_back else [], gone)
+
+
+def plan_reset(
+    cards: Collection[Card],
+    mails: Collection[Mail],
+    names: Mapping[str, Collection[str]],
+    rules: Rules,
+    boxes: Boxes,
+    untouched: Collection[str],
+) -> ResetPlan:
+    """What a reset does, given all cards, the mails in a mailbox or under a label of Mailroom's and
+    the names that the senders have given. `untouched`: see `as_made`."""
+    groups = [
+        CardChange(card.uid, card, destroy=True)
+        if card.uid in untouched and not card.notes
+        else CardChange(card.uid, card, remove=card.members)
+        for card in cards
+        if rules.is_own(card)
+    ]
+    noted = [
+        card
+        for card in cards
+        if not card.is_group and any(clean_note(text) != text for text in card.notes.values())
+    ]
+    gone = as_made(noted, names, rules.foreign_groups(cards), untouched)
+    return ResetPlan(
+        groups=tuple(change for change in groups if change.destroy or change.remove),
+        contacts=tuple(take_back(card, gone) for card in noted),
+        mails={mail.id: patch for mail in mails if (patch := reset_patch(mail, boxes))},
+        kept=tuple(c for c in noted if CREATED_NOTE in c.note_lines and c.uid not in gone),
+    )
+
+
+class Reset:
+    """The reading and the doing of a reset."""
+
+    def __init__(self, settings: MailroomSettings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._client, self._contacts = new_clients(settings)
+
+    def plan(self) -> ResetPlan:
+        """Look at the account. Raises ConfigurationError, ServerError."""
+        self._client.connect()
+        check_writable(self._client)
+        self._contacts.prepare()
+        ids, cards = read_account(self._client, self._contacts, None)
+        boxes = boxes_there(ids, self._settings)
+        if not (boxes.inbox and boxes.screener):
+            raise ConfigurationError(*missing(needed_mailboxes(self._settings)[:1], ids))
+        own = {*boxes.managed, *boxes.labels, boxes.error, boxes.warning} - {boxes.screener, ""}
+        query = Query("Email", in_any(own), MAIL_PROPERTIES, parse_mail)
+        mails = expect(self._client.fetch([query])[1][0]) if own else []
+        rules = rules_of(self._settings)
+        made = [card for card in cards if was_made(card) and (rules.is_own(card) or card.emails)]
+        untouched = self._contacts.untouched(made)
+        names = names_given(mails)
+        senders = {each for card in made if card.uid in untouched for each in card.emails}
+        names |= self._names_elsewhere(senders - names.keys())
+        return plan_reset(cards, mails, names, rules, boxes, untouched)
+
+    def _names_elsewhere(self, senders: Collection[str]) -> dict[str, set[str]]:
+        """{sender: the names in mails that are anywhere in the account}, as far as any are found:
+        a contact whose name cannot be judged is kept."""
+        names: dict[str, set[str]] = {}
+        for condition in (by_from, by_header):
+            asked = sorted(senders - names.keys())
+            for n in range(0, len(asked), SENDERS_AT_ONCE):
+                filter_ = any_of(map(condition, asked[n : n + SENDERS_AT_ONCE]))
+                query = Query("Email", filter_, MAIL_PROPERTIES, parse_mail, newest=MAX_PAGE)
+                _, [found] = self._client.fetch([query])
+                names |= names_given([] if isinstance(found, MethodError) else found)
+        return names
+
+    def carry_out(self, plan: ResetPlan) -> list[str]:
+        """Carry out a plan; a line for each thing that was refused. Raises ServerError."""
+        refused = self._change_cards(plan.groups, "groups")
+        stuck = {uid for each in plan.groups if each.uid in refused for uid in each.remove}
+        going = [change for change in plan.contacts if change.uid not in stuck]
+        refused |= self._change_cards(going, "contacts")
+        refused |= self._file(plan.mails)
+        return [f"{what} was left as it is: {why}" for what, why in refused.items()]
+
+    def _change_cards(self, changes: Sequence[CardChange], what: str) -> dict[str, str]:
+        refused: dict[str, str] = {}
+        for n in range(0, len(changes), CARDS_AT_ONCE):
+            refused |= self._contacts.apply(changes[n : n + CARDS_AT_ONCE])
+            self._console.progress(min(n + CARDS_AT_ONCE, len(changes)), len(changes), what)
+        return refused
+
+    def _file(self, patches: Mapping[str, MailPatch]) -> dict[str, str]:
+        """Email/set in as many requests as the limits force; {mail id: why it was refused}."""
+        refused: dict[str, str] = {}
+        done = 0
+        for portion in self._client.portions(patches):
+            [[answer]] = self._client.send([[("Email/set", {"update": portion})]])
+            for id_, error in set_errors(expect(answer)).items():
+                if error.get("type") != "notFound":
+                    refused[id_] = error_text(error)
+            done += len(portion)
+            self._console.progress(done, len(patches), "mails")
+        return refused
+
+
+def reset_rows(plan: ResetPlan) -> list[tuple[str, str]]:
+    """(how many, what becomes of them)"""
+    gone = sum(change.destroy for change in plan.contacts)
+    no_groups = sum(change.destroy for change in plan.groups)
+    rows = [
+        (number(gone, "contact"), "deleted: Mailroom made them, nobody has touched them"),
+        (number(len(plan.contacts) - gone, "contact"), "kept, without Mailroom's notes"),
+        (number(no_groups, "group"), "deleted: Mailroom made them"),
+        (number(len(plan.groups) - no_groups, "group"), "emptied"),
+        (number(len(plan.mails), "mail"), "back to the Screener, or a label taken off"),
+    ]
+    return [row for row in rows if not row[0].startswith("0 ")]
+
+
+def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
+    """The command: tell what a reset would do, and do it with `--apply` once that is confirmed; the
+    exit status. Raises MailroomError."""
+    console = Console(settings)
+    work = Reset(settings, console)
+    plan = work.plan()
+    if not (plan.groups or plan.contacts or plan.mails):
+        console.say("There is nothing to do.")
+        return 0
+    console.say("\n".join(table(reset_rows(plan))))
+    for card in plan.kept:
+        kept = f'kept: "{card.name}", {", ".join(sorted(card.emails))}'
+        console.say(f"{kept}: Mailroom made it and somebody has changed it", "missing")
+    console.say("No mail is deleted, and no mailbox: those that setup made may stay or go.")
+    if not options.apply:
+        console.say("Nothing has been changed: `reset --apply` does it. Stop Mailroom first.")
+        return 0
+    if not (options.yes or is_confirmed()):
+        console.say("Nothing has been changed.")
+        return 0
+    problems = work.carry_out(plan)
+    for problem in problems:
+        console.say(problem, "problem")
+    console.say("Run it again for the rest." if problems else "Mailroom is out of the account.")
+    return 1 if problems else 0
+
+
+def is_confirmed() -> bool:
+    """Ask the person at the terminal. Raises ConfigurationError when there is none."""
+    if not sys.stdin.isatty():
+        raise ConfigurationError("there is no terminal to confirm it at: give --yes")
+    try:
+        return input('Type "reset" to go on: ').strip() == "reset"
+    except EOFError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+DESCRIPTION = """\
+One tap of a label triages a whole sender. Settings are environment variables
+(MAILROOM_...), see the README.
+"""
+EPILOG = """\
+examples:
+  python mailroom.py                       serve (the same as `run`)
+  python mailroom.py setup                 what the account has and lacks
+  python mailroom.py setup --apply         make what it lacks
+  python mailroom.py run --once --dry-run  what one look at the account would do
+  python mailroom.py reset                 what taking Mailroom out would do
+
+exit status:
+  0    done, or stopped as asked
+  1    a fault in the program (with a traceback), or a setup or reset that is not complete
+  2    settings, credentials, or an account that lacks something
+  3    `run --once`: a sender could not be triaged, or the server not be reached
+  130  setup or reset: stopped with Ctrl-C
+  141  setup or reset: whoever read the output has gone
+"""
+
+
+def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
+    """The command: serve, or do one cycle; the exit status."""
+    say = Console(settings).say if options.dry_run else None
+    return Service(settings, once=options.once, dry_run=say).run()
+
+
+COMMANDS = {"run": run, "setup": setup, "reset": reset}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(
         prog="mailroom.py",
-        description="One tap of a label triages a whole sender. Settings are environment variables "
-        "(MAILROOM_...), see the README.",
-        epilog="Exit status: 0 stopped as asked, 1 a fault in the program, 2 settings, credentials "
-        "or an account that lacks something.",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"Mailroom {VERSION}")
-    parser.parse_args(arguments)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+
+    def command(name: str, summary: str, **flags: str) -> argparse.ArgumentParser:
+        each = commands.add_parser(name, help=summary, description=summary)
+        for flag, meaning in flags.items():
+            each.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=meaning)
+        return each
+
+    command(
+        "run",
+        "Serve. This is what is done without a command.",
+        once="look at the account once and end, for cron",
+        dry_run="say what would be done, and why, and write nothing",
+    )
+    command(
+        "setup",
+        "Show what the account has and lacks, and the rules it needs.",
+        apply="make what it lacks",
+        json="print it for scripts",
+    )
+    command(
+        "reset",
+        "Show what taking Mailroom out of the account would do.",
+        apply="do it, once you have confirmed it",
+        yes="do it without asking",
+    )
+    return parser
+
+
+def complain(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"mailroom: {CONTROLS.sub(' ', problem)}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status (see EPILOG)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
+        given.insert(0, "run")
+    options = command_line().parse_args(given)
     try:
         settings = MailroomSettings()
     except ConfigurationError as error:
-        for problem in error.problems:
-            print(f"mailroom: {problem}", file=sys.stderr)
+        complain(error.problems)
         return 2
     start_logging(settings)
-    return Service(settings).run()
+    try:
+        return COMMANDS[options.command](settings, options)
+    except MailroomError as error:
+        complain(map(settings.redact, getattr(error, "problems", [str(error)])))
+        return 2 if isinstance(error, ConfigurationError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Or Python would complain when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception:
+        LOG.critical(FAULT, exc_info=True)
+        return 1
 
 
 if __name__ == "__main__":

@@ -224,6 +224,7 @@ class Mailbox:
     parent_id: str | None = None
     role: str | None = None
     sort_order: int = 0
+    is_subscribed: bool = True
     unread: int = 0
     mails: set[str] = field(default_factory=set)
 
@@ -699,7 +700,12 @@ class Mailboxes(Kind):
     capability = MAIL
     arguments = frozenset({"onDestroyRemoveEmails"})
     references = frozenset({"parentId"})
-    writable: ClassVar = {"name": "name", "parentId": "parent_id", "sortOrder": "sort_order"}
+    writable: ClassVar = {
+        "name": "name",
+        "parentId": "parent_id",
+        "sortOrder": "sort_order",
+        "isSubscribed": "is_subscribed",
+    }
     properties: ClassVar = {
         "id": lambda _, box: box.id,
         "name": lambda _, box: box.name,
@@ -710,7 +716,7 @@ class Mailboxes(Kind):
         "unreadEmails": lambda _, box: box.unread,
         "totalThreads": lambda _, box: len(box.mails),
         "unreadThreads": lambda _, box: box.unread,
-        "isSubscribed": lambda *_: True,
+        "isSubscribed": lambda _, box: box.is_subscribed,
         "myRights": lambda *_: MAILBOX_RIGHTS,
     }
     sorts: ClassVar = {"name": lambda box: box.name, "sortOrder": lambda box: box.sort_order}
@@ -726,10 +732,11 @@ class Mailboxes(Kind):
         }
 
     def create(self, item: JSON) -> JSON:
-        self._write(draft := Mailbox("", ""), item)
-        box_id = self.account.add_mailbox(draft.name, draft.parent_id)
-        self.account.mailboxes[box_id].sort_order = draft.sort_order
-        return self.render(self.account.mailboxes[box_id], None)
+        """A mailbox is not subscribed to unless the client says so, as on Cyrus."""
+        self._write(draft := Mailbox("", "", is_subscribed=False), item)
+        box = self.account.mailboxes[self.account.add_mailbox(draft.name, draft.parent_id)]
+        box.sort_order, box.is_subscribed = draft.sort_order, draft.is_subscribed
+        return self.render(box, None)
 
     def update(self, object_id: str, patch: JSON) -> None:
         box = self.account.mailboxes[object_id]

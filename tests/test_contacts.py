@@ -152,7 +152,9 @@ def dav(request: pytest.FixtureRequest) -> Iterator[DAVBook]:
 def new_contact(address: str, name: str, is_person: bool = False) -> CardChange:
     uid = contact_uid(address)
     note = (CREATED_NOTE, TRIAGED)
-    return CardChange(uid, address=address, name=name, is_person=is_person, note=note)
+    return CardChange(
+        uid, address=address, name=name, kind="person" if is_person else "company", note=note
+    )
 
 
 def card_of(cards: Iterable[Card], uid: str) -> Card:

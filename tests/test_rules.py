@@ -301,7 +301,7 @@ def test_a_new_company() -> None:
 )
 def test_a_new_person(display_name: str, name: str, parts: tuple[str, str]) -> None:
     change = plan_contact(BOB, PERSON, display_name, [], RULES)
-    assert (change.name, change.is_person) == (name, True)
+    assert (change.name, change.kind) == (name, "person")
     assert split_name(change.name) == parts
 
 

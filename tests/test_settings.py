@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "screener_mailbox": "Screener",
     "label_mailroom_error": "@MailroomError",
     "label_mailroom_warning": "@MailroomWarning",
+    "label_undo": "@ToScreener",
     "warnings_enabled": True,
     "provenance_group": "Mailroom",
     "triage_categories": [
@@ -144,6 +145,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("screener_mailbox", "Front Door", "Front Door"),
     ("label_mailroom_error", "Oops", "Oops"),
     ("label_mailroom_warning", "Hm", "Hm"),
+    ("label_undo", "@Back", "@Back"),
     ("warnings_enabled", "false", False),
     ("warnings_enabled", "0", False),
     ("warnings_enabled", "true", True),
@@ -331,6 +333,7 @@ BAD_TEXTS: dict[str, tuple[list[str], str]] = {
     "screener_mailbox": (NOT_A_NAME, "mailbox"),
     "label_mailroom_error": (NOT_A_NAME, "mailbox"),
     "label_mailroom_warning": (NOT_A_NAME, "mailbox"),
+    "label_undo": (NOT_A_NAME, "mailbox"),
     "warnings_enabled": (["maybe", "2", " "], "true or false"),
     "provenance_group": (NOT_A_NAME, "contact group"),
     "triage_categories": (["Feed", "[", "{}", '"Feed"', "5", "null", "true", "[" * 99_999], "list"),
@@ -351,6 +354,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "screener_mailbox": [None, "", 5, []],
     "label_mailroom_error": [None, "", 5, []],
     "label_mailroom_warning": [None, "", 5, []],
+    "label_undo": [None, "", 5, []],
     "warnings_enabled": [None, "", "true", 2, []],
     "provenance_group": [None, "", 5, []],
     "triage_categories": [None, "", "Feed", 5, {}, {"name": "Feed"}],
@@ -600,7 +604,7 @@ def test_categories_that_are_rejected(entries: list[Any], expected: list[tuple[s
 
 
 @pytest.mark.parametrize(
-    "name", ["screener_mailbox", "label_mailroom_error", "label_mailroom_warning"]
+    "name", ["screener_mailbox", "label_mailroom_error", "label_mailroom_warning", "label_undo"]
 )
 @pytest.mark.parametrize("key", ["label", "contact_group", "destination_mailbox"])
 def test_renamed_mailboxes_are_as_reserved_as_the_usual_ones(name: str, key: str) -> None:
