@@ -1,7 +1,8 @@
 """An embedded JMAP server: a real HTTP server on loopback with one mail account behind it.
 
-It keeps the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts), in the manner of
-Fastmail, Cyrus or Stalwart (`Options.fastmail()` ...), and misbehaves exactly when it is told to.
+It keeps the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts) and, if told, 9661
+(Sieve scripts), in the manner of Fastmail, Cyrus or Stalwart (`Options.fastmail()` ...), and
+misbehaves exactly when it is told to.
 
     with JMAPServer.with_mailroom_account(Options.cyrus()) as server:
         mail = server.account.deliver("Bob <bob@shop.example>", ["Screener"])
@@ -18,6 +19,7 @@ this module does not patch.
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import itertools
 import json
@@ -46,6 +48,7 @@ import gevent.monkey
 from gevent.pool import Pool
 from gevent.queue import Empty, Queue
 from gevent.server import StreamServer
+from sieve import EXTENSIONS, SieveError, check_script
 
 assert gevent.monkey.is_module_patched("socket"), "patch with gevent.monkey before importing this"
 
@@ -56,9 +59,11 @@ CORE = "urn:ietf:params:jmap:core"
 MAIL = "urn:ietf:params:jmap:mail"
 SUBMISSION = "urn:ietf:params:jmap:submission"
 CONTACTS = "urn:ietf:params:jmap:contacts"
+SIEVE = "urn:ietf:params:jmap:sieve"
 
 SESSION_PATH, API_PATH, EVENT_PATH = "/jmap/session", "/jmap/api/", "/jmap/event/"
 WELL_KNOWN_PATH = "/.well-known/jmap"
+UPLOAD_PATH, DOWNLOAD_PATH = "/jmap/upload/", "/jmap/download/"
 LIMITS = {
     "maxSizeUpload": 50_000_000,
     "maxConcurrentUpload": 4,
@@ -68,6 +73,7 @@ LIMITS = {
     "maxObjectsInGet": 4096,
     "maxObjectsInSet": 4096,
 }
+SIEVE_LIMITS = {"maxSizeScriptName": 512, "maxSizeScript": 65536, "maxNumberScripts": 5}
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
 FOREVER = 10**9
 
@@ -116,6 +122,9 @@ class Options:
     has_mail: bool = True
     has_contacts: bool = True
     has_submission: bool = True
+    sieve: bool = False
+    sieve_extensions: tuple[str, ...] = EXTENSIONS
+    sieve_limits: dict[str, int] = field(default_factory=dict)  # what differs from SIEVE_LIMITS
     read_only: bool = False
     limits: dict[str, int] = field(default_factory=dict)  # what differs from LIMITS
     max_query_limit: int | None = None  # a query's limit is lowered to this, and told so
@@ -170,9 +179,9 @@ Body = bytes | Iterable[bytes]
 class Fault:
     """What goes wrong with the `nth` matching request since the fault was added, `times` in a row.
 
-    `when` is "session", "well-known", "api", "stream", a method name (any call of the request) or
-    a predicate. Without `status`, `body`, `hang` and `drop` the request is worked as usual; with
-    them it is not, unless `work` says so.
+    `when` is "session", "well-known", "api", "stream", "upload", "download", a method name (any
+    call of the request) or a predicate. Without `status`, `body`, `hang` and `drop` the request is
+    worked as usual; with them it is not, unless `work` says so.
     """
 
     when: str | Callable[[Request], bool] = "api"
@@ -246,6 +255,14 @@ class Book:
     id: str
     name: str
     is_default: bool
+
+
+@dataclass(slots=True)
+class Script:
+    id: str
+    name: str
+    blob_id: str
+    is_active: bool = False
 
 
 def decoded(text: str) -> str:
@@ -332,13 +349,15 @@ class Account:
         self.id_is_uid = id_is_uid
         self.modseq = 0
         self.histories = {name: History() for name in ("Email", "Mailbox", "ContactCard")}
-        self.histories |= {name: History() for name in ("AddressBook", "Identity")}
+        self.histories |= {name: History() for name in ("AddressBook", "Identity", "SieveScript")}
         self.mailboxes: dict[str, Mailbox] = {}
         self.mails: dict[str, Mail] = {}
         self.books: dict[str, Book] = {}
         self.cards: dict[str, JSON] = {}
         self.groups: set[str] = set()
         self.by_uid: dict[str, str] = {}
+        self.scripts: dict[str, Script] = {}
+        self.blobs: dict[str, bytes] = {}
         self.by_email, self.by_sender, self.by_raw_sender = TextIndex(), TextIndex(), TextIndex()
         self.queries: dict[str, list[str]] = {}
         """Ids of past queries, good until the next change, so that paging does not sort again."""
@@ -543,6 +562,49 @@ class Account:
         groups = (self.cards[key] for key in self.groups)
         return {group["name"]["full"] for group in groups if uids & group.get("members", {}).keys()}
 
+    # Sieve scripts
+
+    def add_blob(self, data: bytes) -> str:
+        """The same bytes have the same id."""
+        blob_id = "G" + hashlib.sha256(data).hexdigest()
+        self.blobs[blob_id] = data
+        return blob_id
+
+    def add_sieve_script(self, name: str, text: str, active: bool = True) -> str:
+        """A script of the user's own; an active one takes the place of the one before."""
+        script = Script(f"S{next(self._serial)}", name, self.add_blob(text.encode()))
+        self.put_script(script)
+        if active:
+            self.activate(script.id)
+        return script.id
+
+    def put_script(self, script: Script) -> None:
+        """The one place where a script is made or changed, but for which is active."""
+        self.scripts[script.id] = script
+        self._publish(("SieveScript", script.id))
+
+    def remove_script(self, script_id: str) -> None:
+        del self.scripts[script_id]
+        self._publish(("SieveScript", script_id), alive=False)
+
+    def activate(self, script_id: str | None) -> list[Script]:
+        """This script and no other; those that this changes."""
+        changed = [one for one in self.scripts.values() if one.is_active != (one.id == script_id)]
+        for script in changed:
+            script.is_active = not script.is_active
+        self._publish(*(("SieveScript", script.id) for script in changed))
+        return changed
+
+    @property
+    def sieve_scripts(self) -> dict[str, str]:
+        """The texts of all scripts by their names."""
+        return {one.name: self.blobs[one.blob_id].decode() for one in self.scripts.values()}
+
+    @property
+    def active_script(self) -> str | None:
+        """The name of the script that is active."""
+        return next((one.name for one in self.scripts.values() if one.is_active), None)
+
     # States
 
     def state(self, kind: str) -> str:
@@ -689,6 +751,11 @@ class Kind:
 
     def destroy(self, object_id: str, args: JSON) -> None:
         raise NotImplementedError
+
+    def finish(self, args: JSON, created: JSON) -> dict[str, JSON]:
+        """What a set call does once all its objects have succeeded; {id: what this changed}.
+        `created`: {creation id: id} of this request."""
+        return {}
 
 
 RIGHTS = "ReadItems AddItems RemoveItems SetSeen SetKeywords CreateChild Rename Delete Submit"
@@ -1033,7 +1100,98 @@ class Cards(Kind):
         self.account.remove_card(object_id)
 
 
-KINDS: tuple[type[Kind], ...] = (Mailboxes, Emails, Identities, Books, Cards)
+class Scripts(Kind):
+    """RFC 9661. The text of a script is a blob."""
+
+    name = "SieveScript"
+    capability = SIEVE
+    verbs = frozenset({"get", "query", "set", "validate"})
+    arguments = frozenset({"onSuccessActivateScript", "onSuccessDeactivateScript"})
+    properties: ClassVar = {
+        "id": lambda _, script: script.id,
+        "name": lambda _, script: script.name,
+        "blobId": lambda _, script: script.blob_id,
+        "isActive": lambda _, script: script.is_active,
+    }
+    sorts: ClassVar = {"name": lambda script: script.name, "isActive": lambda one: one.is_active}
+
+    def objects(self) -> Mapping[str, Script]:
+        return self.account.scripts
+
+    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
+        return {
+            "name": lambda script: text_of(value) in script.name,
+            "isActive": lambda script: script.is_active is value,
+        }
+
+    def limit(self, name: str) -> int:
+        return self.options.sieve_limits.get(name, SIEVE_LIMITS[name])
+
+    def create(self, item: JSON) -> JSON:
+        if len(self.account.scripts) >= self.limit("maxNumberScripts"):
+            raise SetError("overQuota", "too many scripts")
+        draft = Script("", "", "")
+        self._write(draft, {"name": None, "blobId": None, **item})
+        script_id = self.account.add_sieve_script(
+            draft.name, self.account.blobs[draft.blob_id].decode(), active=False
+        )
+        made = self.render(self.account.scripts[script_id], None)
+        return {key: value for key, value in made.items() if item.get(key) != value}
+
+    def update(self, object_id: str, patch: JSON) -> None:
+        script = replace(self.account.scripts[object_id])
+        self._write(script, patch)
+        if script != self.account.scripts[object_id]:
+            self.account.put_script(script)
+
+    def _write(self, script: Script, values: JSON) -> None:
+        """Sets what may be set; a name of null is one of the server's choice."""
+        bad = [key for key in values if key not in ("name", "blobId")]
+        name = values.get("name", script.name)
+        name = f"script-{len(self.account.blobs)}" if name is None else name
+        blob_id = values.get("blobId", script.blob_id)
+        if not is_text(name) or not 0 < len(name.encode()) <= self.limit("maxSizeScriptName"):
+            bad.append("name")
+        if not is_text(blob_id):
+            bad.append("blobId")
+        if bad:
+            raise SetError("invalidProperties", properties=bad)
+        for other in self.account.scripts.values():
+            if other.name == name and other.id != script.id:
+                raise SetError("alreadyExists", existingId=other.id)
+        self.check_blob(blob_id)
+        script.name, script.blob_id = name, blob_id
+
+    def check_blob(self, blob_id: str) -> None:
+        """Raises SetError unless the blob is a script that this server takes."""
+        data = self.account.blobs.get(blob_id)
+        if data is None:
+            raise SetError("blobNotFound", notFound=[blob_id])
+        if len(data) > self.limit("maxSizeScript"):
+            raise SetError("tooLarge")
+        try:
+            check_script(data.decode(), self.options.sieve_extensions)
+        except (SieveError, ValueError) as error:
+            raise SetError("invalidSieve", str(error)) from None
+
+    def destroy(self, object_id: str, args: JSON) -> None:
+        if self.account.scripts[object_id].is_active:
+            raise SetError("sieveIsActive")
+        self.account.remove_script(object_id)
+
+    def finish(self, args: JSON, created: JSON) -> dict[str, JSON]:
+        """Section 2.4: an id that is none leaves the active script as it is."""
+        wanted = args.get("onSuccessActivateScript") or ""
+        wanted = created.get(wanted[1:], "") if wanted.startswith("#") else wanted
+        changed = []
+        if wanted in self.account.scripts:
+            changed = self.account.activate(wanted)
+        elif args.get("onSuccessDeactivateScript"):
+            changed = self.account.activate(None)
+        return {script.id: {"isActive": script.is_active} for script in changed}
+
+
+KINDS: tuple[type[Kind], ...] = (Mailboxes, Emails, Identities, Books, Cards, Scripts)
 
 
 # -------------------------------------------------------------------------------- one API request
@@ -1120,6 +1278,7 @@ class Run:
         if unknown := [key for key in args if key not in known]:
             raise MethodError("invalidArguments", f"unknown arguments: {unknown}")
         methods = {"get": self._get, "query": self._query, "set": self._set}
+        methods["validate"] = self._validate
         reply = methods.get(verb, self._changes)(kind, args)
         return {"accountId": self.account.id, **reply}
 
@@ -1248,12 +1407,36 @@ class Run:
                 done[verb.lower()] |= self._change(kind, verb, key, value)
             except SetError as failure:
                 done[f"not{verb}"][key] = failure.body
+        self._finish(kind, args, done)
         told: JSON = {**done, "destroyed": list(done["destroyed"])}
         reply: JSON = {"oldState": old_state, "newState": self.account.state(kind.name)}
         reply |= {key: value or None for key, value in told.items()}
         if reply["newState"] != old_state:
             self.server.note_write(Write(f"{kind.name}/set", args, reply))
         return reply
+
+    def _finish(self, kind: Kind, args: JSON, done: dict[str, JSON]) -> None:
+        """What a set call does at the end, told where the objects are told."""
+        if any(done[outcome] for outcome in done if outcome.startswith("not")):
+            return
+        by_id = {made["id"]: made for made in done["created"].values()}
+        for object_id, changed in kind.finish(args, self.created).items():
+            if object_id in by_id:
+                by_id[object_id] |= changed
+            else:
+                done["updated"][object_id] = changed
+
+    def _validate(self, kind: Kind, args: JSON) -> JSON:
+        """RFC 9661 section 2.6."""
+        if not isinstance(kind, Scripts) or not is_text(args.get("blobId")):
+            raise MethodError("invalidArguments", "blobId")
+        try:
+            kind.check_blob(args["blobId"])
+        except SetError as failure:
+            if failure.body["type"] == "blobNotFound":
+                raise MethodError("blobNotFound", notFound=[args["blobId"]]) from None
+            return {"error": failure.body}
+        return {"error": None}
 
     def _change(self, kind: Kind, verb: str, key: str, value: Any) -> JSON:
         """One object's creation, update or destruction, as it is reported."""
@@ -1280,6 +1463,7 @@ ARGUMENTS = {
     "changes": frozenset({"accountId", "sinceState", "maxChanges"}),
     "query": frozenset({"accountId", *PAGE}),
     "set": frozenset({"accountId", "ifInState", "create", "update", "destroy"}),
+    "validate": frozenset({"accountId", "blobId"}),
 }
 
 
@@ -1309,9 +1493,11 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """One of "session", "well-known", "api", "stream", "other"."""
-        if self.path.startswith(EVENT_PATH):
-            return "stream"
+        """One of "session", "well-known", "api", "stream", "upload", "download", "other"."""
+        starts = {EVENT_PATH: "stream", UPLOAD_PATH: "upload", DOWNLOAD_PATH: "download"}
+        for start, kind in starts.items():
+            if self.path.startswith(start):
+                return kind
         paths = {SESSION_PATH: "session", API_PATH: "api", WELL_KNOWN_PATH: "well-known"}
         return paths.get(self.path, "other")
 
@@ -1661,8 +1847,10 @@ class JMAPServer:
         options = self.options
         core = LIMITS | options.limits | {"collationAlgorithms": ["i;ascii-casemap"]}
         offered = {MAIL: options.has_mail, SUBMISSION: options.has_submission}
-        offered[CONTACTS] = options.has_contacts
-        return {CORE: core} | {name: {} for name, is_offered in offered.items() if is_offered}
+        offered |= {CONTACTS: options.has_contacts, SIEVE: options.sieve}
+        details = {SIEVE: {"implementation": "the embedded server"}}
+        names = (name for name, is_offered in offered.items() if is_offered)
+        return {CORE: core} | {name: details.get(name, {}) for name in names}
 
     def session(self) -> JSON:
         """RFC 8620 section 2."""
@@ -1672,6 +1860,7 @@ class JMAPServer:
             MAIL: {"maxMailboxesPerEmail": most, "emailQuerySortOptions": sorts},
             SUBMISSION: {"maxDelayedSend": 0, "submissionExtensions": {}},
             CONTACTS: {"maxAddressBooksPerCard": 1, "mayCreateAddressBook": False},
+            SIEVE: self._sieve_details(),
         }
         capabilities = self.capabilities()
         account: JSON = {"name": self.options.username, "isPersonal": True}
@@ -1683,14 +1872,29 @@ class JMAPServer:
             "primaryAccounts": dict.fromkeys(capabilities, self.account.id),
             "username": self.options.username,
             "apiUrl": self._url(API_PATH),
-            "downloadUrl": self._url("/jmap/download/{accountId}/{blobId}/{name}?accept={type}"),
-            "uploadUrl": self._url("/jmap/upload/{accountId}/"),
+            "downloadUrl": self._url(DOWNLOAD_PATH + "{accountId}/{blobId}/{name}?accept={type}"),
+            "uploadUrl": self._url(UPLOAD_PATH + "{accountId}/"),
         }
         if self.options.push is not None:
             template = "?types={types}&closeafter={closeafter}&ping={ping}"
             ending = template if self.options.event_template else ""
             session["eventSourceUrl"] = self._url(EVENT_PATH + ending)
         return session | {"state": format(zlib.crc32(json.dumps(session).encode()), "x")}
+
+    def _sieve_details(self) -> JSON:
+        """RFC 9661 section 1.2.1."""
+        offered = self.options.sieve_extensions
+        has_lists = "extlists" in offered
+        return (
+            SIEVE_LIMITS
+            | self.options.sieve_limits
+            | {
+                "maxNumberRedirects": None,
+                "sieveExtensions": list(offered),
+                "notificationMethods": None,
+                "externalLists": ["urn:ietf:params:sieve:addrbook"] if has_lists else None,
+            }
+        )
 
     def session_state(self) -> str:
         return str(self.session()["state"])
@@ -1768,10 +1972,11 @@ class JMAPServer:
             return Reply(401, headers={"WWW-Authenticate": 'Bearer realm="jmap"'})
         if kind == "other":
             return Reply(404)
-        if request.method != ("POST" if kind == "api" else "GET"):
+        if request.method != ("POST" if kind in ("api", "upload") else "GET"):
             return Reply(405)
-        if kind == "stream":
-            return self._event_source(request)
+        others = {"stream": self._event_source, "upload": self._upload, "download": self._download}
+        if kind in others:
+            return others[kind](request)
         answer = self._api(request, fault) if kind == "api" else self.session()
         if isinstance(answer, Reply):
             return answer
@@ -1793,6 +1998,27 @@ class JMAPServer:
         if request.json is None:
             raise ProblemError("notJSON", "the body is no JSON")
         return Run(self, request.json, fault).answer()
+
+    def _upload(self, request: Request) -> Reply:
+        """RFC 8620 section 6.1."""
+        if request.path != f"{UPLOAD_PATH}{self.account.id}/":
+            return Reply(404)
+        if request.size > self.limit("maxSizeUpload"):
+            raise ProblemError("limit", limit="maxSizeUpload")
+        told: JSON = {"accountId": self.account.id, "blobId": self.account.add_blob(request.body)}
+        told |= {"type": request.headers.get("content-type", ""), "size": request.size}
+        reply = Reply.of_json(told)
+        reply.status = 201
+        return reply
+
+    def _download(self, request: Request) -> Reply:
+        """RFC 8620 section 6.2."""
+        account_id, _, rest = request.path.removeprefix(DOWNLOAD_PATH).partition("/")
+        data = self.account.blobs.get(rest.partition("/")[0])
+        if account_id != self.account.id or data is None:
+            return Reply(404)
+        kind = request.query.get("accept", "application/octet-stream")
+        return Reply(200, data, {"Content-Type": kind})
 
     def _event_source(self, request: Request) -> Reply:
         if self.options.push != 200:

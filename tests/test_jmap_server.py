@@ -19,6 +19,7 @@ from jmap_server import (
     FOREVER,
     JSON,
     MAIL,
+    SIEVE,
     SUBMISSION,
     Account,
     Fault,
@@ -52,7 +53,8 @@ class Client:
             [name, {"accountId": "u1", **args}, str(number)]
             for number, (name, args) in enumerate(calls)
         ]
-        reply = self.post({"using": USING, "methodCalls": numbered})
+        using = [*USING, SIEVE] if self.server.options.sieve else USING
+        reply = self.post({"using": using, "methodCalls": numbered})
         assert reply.status_code == 200, reply.text
         return list(reply.json()["methodResponses"])
 
@@ -61,6 +63,14 @@ class Client:
         ((name, result, _),) = self.calls((method, args))
         assert name in (method, "error")
         return dict(result)
+
+    def upload(self, data: bytes) -> requests.Response:
+        url = self.server.origin + "/jmap/upload/u1/"
+        headers = {"Content-Type": "application/sieve"}
+        return self.http.post(url, data=data, headers=headers, timeout=5)
+
+    def set_scripts(self, **args: Any) -> JSON:
+        return self.call("SieveScript/set", **args)
 
     def update(self, object_id: str, patch: JSON, kind: str = "Email") -> JSON:
         """The SetError of one update, or nothing."""
@@ -710,6 +720,148 @@ def test_a_removed_card_stays_in_its_groups(account: Account, client: Client) ->
     assert account.contacts_of("bob@shop.example") == []
     found = client.call("ContactCard/query", filter={"hasMember": uid})["ids"]
     assert found == [account.group_id("Feed")]
+
+
+# Sieve scripts and blobs
+
+KEEP, FILE = "keep;\r\n", 'require "fileinto";\r\nfileinto "Feed";\r\n'
+
+
+@pytest.fixture
+def sieve(server: JMAPServer, client: Client) -> Client:
+    server.options.sieve = True
+    return client
+
+
+def test_a_blob_comes_back_as_it_went(server: JMAPServer, client: Client) -> None:
+    reply = client.upload("é".encode())
+    assert reply.status_code == 201
+    blob = reply.json()
+    assert (blob["accountId"], blob["size"], blob["type"]) == ("u1", 2, "application/sieve")
+    template = client.get("/jmap/session").json()["downloadUrl"].removeprefix(server.origin)
+    path = template.format(accountId="u1", blobId=blob["blobId"], name="a.txt", type="text/plain")
+    assert client.get(path).content.decode() == "é"
+    assert client.get(path).headers["Content-Type"] == "text/plain"
+    assert client.get(path.replace(blob["blobId"], "G0")).status_code == 404
+    assert client.get("/jmap/upload/u1/").status_code == 405
+    server.options.limits["maxSizeUpload"] = 1
+    assert client.upload(b"no").json()["limit"] == "maxSizeUpload"
+
+
+def test_sieve_scripts_are_offered_if_told(server: JMAPServer, client: Client) -> None:
+    assert SIEVE not in client.get("/jmap/session").json()["capabilities"]
+    server.options.sieve, server.options.sieve_extensions = True, ("fileinto", "extlists")
+    session = client.get("/jmap/session").json()
+    assert session["capabilities"][SIEVE]["implementation"]
+    (account,) = session["accounts"].values()
+    details = account["accountCapabilities"][SIEVE]
+    assert details["sieveExtensions"] == ["fileinto", "extlists"]
+    assert details["externalLists"] == ["urn:ietf:params:sieve:addrbook"]
+    assert {"maxSizeScriptName", "maxSizeScript", "maxNumberScripts"} < details.keys()
+    server.options.sieve = False
+    assert client.post({"using": [SIEVE], "methodCalls": []}).status_code == 400
+
+
+def test_a_script_is_made_and_activated_in_one_call(sieve: Client, account: Account) -> None:
+    own = account.add_sieve_script("own", KEEP)
+    blob = sieve.upload(FILE.encode()).json()["blobId"]
+    create = {"k": {"name": "mailroom", "blobId": blob}}
+    done = sieve.set_scripts(create=create, onSuccessActivateScript="#k")
+    made = done["created"]["k"]
+    assert made["isActive"] is True
+    assert done["updated"] == {own: {"isActive": False}}
+    assert account.active_script == "mailroom"
+    assert account.sieve_scripts == {"own": KEEP, "mailroom": FILE}
+    got = sieve.call("SieveScript/get", ids=None)
+    assert got["state"] == done["newState"] != done["oldState"]
+    assert got["list"][1] == {
+        "id": made["id"],
+        "name": "mailroom",
+        "blobId": blob,
+        "isActive": True,
+    }
+
+
+def test_a_script_is_changed_deactivated_and_destroyed(sieve: Client, account: Account) -> None:
+    script = account.add_sieve_script("own", KEEP)
+    blob = sieve.upload(FILE.encode()).json()["blobId"]
+    assert sieve.update(script, {"blobId": blob, "name": "new"}, "SieveScript") == {}
+    assert account.sieve_scripts == {"new": FILE}
+    done = sieve.set_scripts(destroy=[script])
+    assert done["notDestroyed"] == {script: {"type": "sieveIsActive"}}
+    done = sieve.set_scripts(onSuccessDeactivateScript=True)
+    assert done["updated"] == {script: {"isActive": False}}
+    assert account.active_script is None
+    assert sieve.set_scripts(destroy=[script])["destroyed"] == [script]
+    assert account.sieve_scripts == {}
+
+
+def test_nothing_is_activated_unless_all_succeeds(sieve: Client, account: Account) -> None:
+    own, other = account.add_sieve_script("own", KEEP), account.add_sieve_script("b", KEEP, False)
+    done = sieve.set_scripts(destroy=["none"], onSuccessActivateScript=other)
+    assert done["notDestroyed"] == {"none": {"type": "notFound"}}
+    for unknown in ("none", "#none"):
+        done = sieve.set_scripts(onSuccessActivateScript=unknown)
+        assert done["newState"] == done["oldState"]
+    assert account.active_script == "own"
+    assert sieve.set_scripts(onSuccessActivateScript=other)["updated"] == {
+        own: {"isActive": False},
+        other: {"isActive": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("properties", "error"),
+    [
+        ({"name": "own"}, {"type": "alreadyExists", "existingId": "own"}),
+        ({"blobId": "G0"}, {"type": "blobNotFound", "notFound": ["G0"]}),
+        ({"name": ""}, {"type": "invalidProperties", "properties": ["name"]}),
+        ({"name": "n" * 513}, {"type": "invalidProperties", "properties": ["name"]}),
+        ({"blobId": None}, {"type": "invalidProperties", "properties": ["blobId"]}),
+        ({"isActive": True}, {"type": "invalidProperties", "properties": ["isActive"]}),
+        ("keep", {"type": "invalidSieve"}),
+        ('require "vnd.unknown"; keep;', {"type": "invalidSieve"}),
+        ("keep; " * 12_000, {"type": "tooLarge"}),
+    ],
+)
+def test_a_bad_script_is_not_made(
+    sieve: Client, account: Account, properties: JSON | str, error: JSON
+) -> None:
+    own = account.add_sieve_script("own", KEEP)
+    text = properties if isinstance(properties, str) else KEEP
+    item = {"name": "a", "blobId": account.add_blob(text.encode())}
+    item |= {} if isinstance(properties, str) else properties
+    failure = sieve.set_scripts(create={"k": item})["notCreated"]["k"]
+    if "existingId" in failure:
+        failure["existingId"] = "own" if failure["existingId"] == own else ""
+    assert failure.items() >= error.items()
+    assert account.sieve_scripts == {"own": KEEP}
+
+
+def test_there_may_be_so_many_scripts(sieve: Client, account: Account) -> None:
+    sieve.server.options.sieve_limits["maxNumberScripts"] = 1
+    blob = account.add_blob(KEEP.encode())
+    made = sieve.set_scripts(create={"k": {"blobId": blob}})["created"]["k"]
+    assert made["name"], "a script without a name gets one"
+    failure = sieve.set_scripts(create={"k": {"blobId": blob}})["notCreated"]["k"]
+    assert failure["type"] == "overQuota"
+
+
+def test_a_script_can_be_validated(sieve: Client, account: Account) -> None:
+    def validated(text: str) -> JSON:
+        return sieve.call("SieveScript/validate", blobId=account.add_blob(text.encode()))
+
+    assert validated(KEEP)["error"] is None
+    assert validated("keep")["error"]["type"] == "invalidSieve"
+    assert sieve.call("SieveScript/validate", blobId="G0")["type"] == "blobNotFound"
+
+
+def test_scripts_are_found(sieve: Client, account: Account) -> None:
+    b, a = account.add_sieve_script("b", KEEP, False), account.add_sieve_script("a", KEEP)
+    sort = [{"property": "name"}]
+    assert sieve.call("SieveScript/query", sort=sort)["ids"] == [a, b]
+    assert sieve.call("SieveScript/query", filter={"isActive": True})["ids"] == [a]
+    assert sieve.call("SieveScript/query", filter={"name": "b"})["ids"] == [b]
 
 
 # The user's phone
