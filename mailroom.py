@@ -3179,6 +3179,175 @@ class Service:
 
 
 # ------------------------------------------------------------------------------------------------
+# Rules for mail to come
+# ------------------------------------------------------------------------------------------------
+
+# By its first line Mailroom knows a Sieve script as its own.
+SIEVE_MARKER = "# Made by Mailroom: `setup --apply --sieve` writes this script anew."
+SIEVE_NEEDS = ("fileinto", "copy", "vnd.cyrus.jmapquery")
+# What asks Cyrus and Fastmail for the senders in a group of contacts, given the group's uid; the
+# other name is that of servers from before RFC 9610 (Cyrus 3.6).
+GROUP_FILTER, OLD_GROUP_FILTER = "fromContactCardUid", "fromContactGroupId"
+
+
+class Route(NamedTuple):
+    """Mails from the contacts in a group go to a mailbox, and out of the Inbox but for the
+    contacts who are in one of the groups `stay` too."""
+
+    group: str
+    mailbox: str
+    stay: tuple[str, ...]
+
+
+def routes(categories: Sequence[Category]) -> list[Route]:
+    """A route for each category, parents first. All routes that fit a mail apply, and any of them
+    takes it out of the Inbox, so that the mail goes where triage puts one from the Screener.
+
+    Where categories share a group nobody can tell their senders apart: the mails go to the
+    mailboxes of all of them, and stay in the Inbox if they do for one of them.
+    """
+
+    def groups(category: Category) -> list[str]:
+        family = [category, *ancestors(category, categories)]
+        return [each.contact_group for each in family]
+
+    inboxed = {each.contact_group: groups(each) for each in categories if each.add_to_inbox}
+    return [
+        Route(
+            each.contact_group,
+            each.destination_mailbox,
+            tuple(group for group, above in inboxed.items() if each.contact_group in above),
+        )
+        for each in sorted(categories, key=lambda each: len(groups(each)))
+    ]
+
+
+def quoted(text: str) -> str:
+    """A string of Sieve (RFC 5228 section 2.4.2) or of a Fastmail search."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def fastmail_rule(name: str, search: str, mailbox: str | None, skip_inbox: bool, now: str) -> JSON:
+    """A rule as it is in Fastmail's export; the rules that follow it apply too."""
+    return {
+        "name": f"Mailroom: {name}",
+        "combinator": "all",
+        "conditions": None,
+        "search": search,
+        "markRead": False,
+        "markFlagged": False,
+        "showNotification": False,
+        "redirectTo": None,
+        "fileIn": mailbox,
+        "skipInbox": skip_inbox,
+        "snoozeUntil": None,
+        "discard": False,
+        "markSpam": False,
+        "stop": False,
+        "previousFileInName": None,
+        "created": now,
+        "updated": now,
+    }
+
+
+def fastmail_rules(
+    settings: MailroomSettings, now: str, paths: Mapping[str, str] | None = None
+) -> list[JSON]:
+    """The rules file for Fastmail's import: a rule for each category, a second one for a category
+    some of whose senders stay in the Inbox, and last that for strangers. A mail without a sender,
+    or from an address of the user's that is in no contact, is a stranger's.
+
+    `now`: a UTCDate; `paths`: {mailbox name: its path}, such as `Inbox/Screener`, of nested ones.
+    """
+    paths, rules = paths or {}, []
+    for route in routes(settings.triage_categories):
+        mailbox, members = paths.get(route.mailbox, route.mailbox), f"fromin:{quoted(route.group)}"
+        rules.append(fastmail_rule(route.group, members, mailbox, not route.stay, now))
+        if route.stay and route.group not in route.stay:
+            search = " NOT ".join([members, *(f"fromin:{quoted(group)}" for group in route.stay)])
+            rules.append(fastmail_rule(f"{route.group}, no Inbox", search, None, True, now))
+    screener = paths.get(settings.screener_mailbox, settings.screener_mailbox)
+    strangers = fastmail_rule("strangers", "NOT fromin:contacts", screener, True, now)
+    return [*rules, strangers]
+
+
+def jmapquery(condition: JSON) -> str:
+    """A Sieve test by a filter of Email/query."""
+    return f"jmapquery {quoted(json.dumps(condition))}"
+
+
+def any_test(tests: Sequence[str]) -> str:
+    """A Sieve test that is true if one of these is."""
+    return tests[0] if len(tests) == 1 else f"anyof ({', '.join(tests)})"
+
+
+def in_group(uid: str, group_filter: str) -> str:
+    """The Sieve test whether the sender is in a group. A server may know the group by its uid with
+    or without `urn:uuid:`, and takes the other for a group that has no members."""
+    uids = dict.fromkeys([uid, uid.removeprefix("urn:uuid:")])
+    return any_test([jmapquery({group_filter: each}) for each in uids])
+
+
+def sieve_script(
+    settings: MailroomSettings,
+    groups: Mapping[str, str],
+    mailbox_ids: Mapping[str, str],
+    offered: Collection[str],
+    group_filter: str = GROUP_FILTER,
+) -> str:
+    """A Sieve script (RFC 5228) that does what the Fastmail rules do. Lines end with LF.
+
+    `groups`: {name: uid}; a category whose group is not there is left out. `mailbox_ids`:
+    {name: id}. `offered`: the server's Sieve extensions, or nothing where they are not known.
+    Raises ConfigurationError where the server's Sieve cannot do it.
+    """
+    if missing := set(SIEVE_NEEDS) - set(offered or SIEVE_NEEDS):
+        raise ConfigurationError(f"the server's Sieve lacks {', '.join(sorted(missing))}")
+    by_id = mailbox_ids if not offered or "mailboxid" in offered else {}
+    extensions = [*SIEVE_NEEDS, *(["mailboxid"] if by_id else [])]
+    extensions += {"extlists"} & set(offered)
+    tests = {name: in_group(uid, group_filter) for name, uid in groups.items()}
+    return "\n".join([
+        SIEVE_MARKER,
+        f"require [{', '.join(map(quoted, extensions))}];",
+        *(sieve_route(route, tests, by_id) for route in routes(settings.triage_categories)),
+        sieve_strangers(settings.screener_mailbox, by_id, "extlists" in offered),
+    ])  # fmt: skip
+
+
+def sieve_route(route: Route, tests: Mapping[str, str], by_id: Mapping[str, str]) -> str:
+    """A route as a Sieve command. Filing without `:copy` is what takes the mail out of the Inbox;
+    Cyrus forgets that when the same mailbox comes again with it, so parents have to come first."""
+    if route.group not in tests:
+        return ""
+    move, copy = (file_into(route.mailbox, by_id, tag) for tag in ("", " :copy"))
+    stay = [tests[group] for group in route.stay if group in tests]
+    commands = move
+    if route.group in route.stay:
+        commands = copy
+    elif stay:
+        commands = f"if {any_test(stay)} {{ {copy} }} else {{ {move} }}"
+    return f"# {route.group}\nif {tests[route.group]} {{\n  {commands}\n}}\n"
+
+
+def sieve_strangers(screener: str, by_id: Mapping[str, str], has_lists: bool) -> str:
+    """The Sieve command for senders in no contact. Negated within the filter: if the server cannot
+    carry that out, mails stay in the Inbox. Without a search index Cyrus 3.6 misses contacts by
+    the filter, and finds those of the first address book by the list (RFC 6134)."""
+    test = jmapquery({"operator": "NOT", "conditions": [{"fromAnyContact": True}]})
+    if has_lists:
+        test = f'allof ({test}, not address :list "from" ":addrbook:default")'
+    return f"# Strangers\nif {test} {{\n  {file_into(screener, by_id)}\n}}\n"
+
+
+def file_into(mailbox: str, by_id: Mapping[str, str], tag: str = "") -> str:
+    """The Sieve command that files a mail: by the mailbox's id (RFC 9042) if there is one, with the
+    name for when there is no longer."""
+    id_ = f" :mailboxid {quoted(by_id[mailbox])}" if mailbox in by_id else ""
+    return f"fileinto{tag}{id_} {quoted(mailbox)};"
+
+
+# ------------------------------------------------------------------------------------------------
 # What a person reads
 # ------------------------------------------------------------------------------------------------
 
