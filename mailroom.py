@@ -48,7 +48,7 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from itertools import combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 from xml.etree import ElementTree
 
 import gevent
@@ -1202,6 +1202,11 @@ def session_url(place: str) -> str:
     return urljoin(place, "/.well-known/jmap") if urlsplit(place).path in ("", "/") else place
 
 
+def expand(template: str, values: Mapping[str, str]) -> str:
+    """A URL from a template (RFC 6570, level 1); a variable without a value is empty."""
+    return re.sub(r"\{(\w+)\}", lambda match: quote(values.get(match[1], ""), safe=","), template)
+
+
 class JMAPClient:
     """A JMAP session and the requests that are made in it. `hostname`: a host, or a URL."""
 
@@ -1293,6 +1298,21 @@ class JMAPClient:
             answers += [[next(flat) for _ in group] for group in batch]
         return answers
 
+    def upload(self, capability: str, content: bytes, media_type: str) -> str:
+        """The id of a new blob (RFC 8620 section 6.1) in the account for a capability."""
+        url = expand(self._urls["uploadUrl"], {"accountId": self.account(capability)["id"]})
+        headers = {"Content-Type": media_type, "Accept": "application/json"}
+        reply = self.http.request("POST", url, headers, content, accept=(200, 201))
+        with understood(reply.url):
+            return as_text(json.loads(reply.body)["blobId"])
+
+    def download(self, capability: str, blob_id: str, media_type: str) -> bytes:
+        """A blob (RFC 8620 section 6.2) of the account for a capability."""
+        values = {"blobId": blob_id, "type": media_type, "name": "blob"}
+        values["accountId"] = self.account(capability)["id"]
+        url = expand(self._urls["downloadUrl"], values)
+        return self.http.request("GET", url, {"Accept": "*/*"}).body
+
     def portions(self, items: Mapping[str, Any]) -> Iterator[JSON]:
         """The items in portions that fit one Foo/set call each."""
         most, octets = self.limits["maxObjectsInSet"], self.limits["maxSizeRequest"] // 2
@@ -1367,7 +1387,12 @@ class JMAPClient:
 
 def capability_of(method: str) -> str:
     """The capability that a method belongs to."""
-    owners = {"AddressBook": CONTACTS, "ContactCard": CONTACTS, "Identity": SUBMISSION}
+    owners = {
+        "AddressBook": CONTACTS,
+        "ContactCard": CONTACTS,
+        "Identity": SUBMISSION,
+        "SieveScript": SIEVE,
+    }
     return owners.get(method.partition("/")[0], MAIL)
 
 
@@ -2073,7 +2098,7 @@ def expand_event_source_url(url: str) -> str:
     the parameters appended."""
     values = {"types": "Email,Mailbox", "closeafter": "no", "ping": f"{PING_SECONDS:.0f}"}
     if "{" in url:
-        return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), url)
+        return expand(url, values)
     parameters = "&".join(f"{key}={value}" for key, value in values.items())
     return f"{url}{'&' if '?' in url else '?'}{parameters}"
 
@@ -3391,6 +3416,17 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
 # Setup: what the account has, what it lacks, and making that
 # ------------------------------------------------------------------------------------------------
 
+SIEVE_NAME = "mailroom"
+SIEVE_TYPE = "application/sieve"
+NO_SIEVE = (
+    "the server offers no JMAP Sieve: put what `setup --sieve` prints in where the server has its "
+    "rules"
+)
+NOT_OURS = (
+    "was not made by Mailroom and stays: put what `setup --sieve` prints into it, or deactivate it"
+)
+FASTMAIL_IMPORT = "import it at Fastmail, in Settings - Filters & Rules"
+
 
 def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, str]:
     """What the session offers, in words."""
@@ -3411,58 +3447,6 @@ def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, s
         "limits": f"{limits['maxObjectsInGet']:,} objects a get, {limits['maxObjectsInSet']:,} "
         f"a set; {limits['maxCallsInRequest']} calls, {limits['maxSizeRequest'] // 1000:,} kB",
     }
-
-
-def look_at_account(
-    client: JMAPClient, contacts: ContactStore
-) -> tuple[dict[str, str], list[Card], list[str]]:
-    """({name: id} of the mailboxes, the contact groups, a line for each reason why Mailroom cannot
-    work there). Raises ConfigurationError where there is nothing to look at, ServerError."""
-    client.connect()
-    problems: list[str] = []
-    checks: list[Callable[[], None]] = [lambda: check_writable(client), contacts.prepare]
-    for check in checks:
-        try:
-            check()
-        except ConfigurationError as error:
-            problems += error.problems
-    if not problems:
-        ids, cards = read_account(client, contacts)
-    else:
-        _, [mailboxes] = client.fetch([MAILBOXES])
-        ids, cards = ids_by_name(expect(mailboxes)), []
-    if "Inbox" not in ids:
-        problems.append("the account has no mailbox with the role of the Inbox")
-    return ids, cards, problems
-
-
-def make_mailboxes(needs: Sequence[Need], client: JMAPClient) -> dict[Need, str]:
-    """Make mailboxes at the top, which mail apps show; {need: why it was refused}."""
-    entries = {f"m{n}": {"name": each.name, "isSubscribed": True} for n, each in enumerate(needs)}
-    calls: list[Call] = [("Mailbox/set", {"create": part}) for part in client.portions(entries)]
-    return {
-        needs[int(key[1:])]: error_text(error)
-        for [answer] in client.send([[call] for call in calls])
-        for key, error in set_errors(expect(answer)).items()
-    }
-
-
-def make_groups(
-    needs: Iterable[Need], cards: Iterable[Card], contacts: ContactStore
-) -> dict[Need, str]:
-    """Make contact groups; {need: why it was refused}."""
-    taken = {card.uid for card in cards}
-    groups = {group_uid(need.name, taken): need for need in needs}
-    changes = [CardChange(uid, kind="group", name=need.name) for uid, need in groups.items()]
-    return {groups[uid]: why for uid, why in contacts.apply(changes).items()}
-
-
-def attempt(needs: Collection[Need], make: Callable[[], dict[Need, str]]) -> dict[Need, str]:
-    """{need: empty where it was made, or why it was not}"""
-    try:
-        return dict.fromkeys(needs, "") | (make() if needs else {})
-    except ServerError as error:
-        return dict.fromkeys(needs, str(error))
 
 
 class Item(NamedTuple):
@@ -3512,26 +3496,174 @@ def rule_rows(settings: MailroomSettings) -> list[tuple[str, str]]:
     return [*rows, ("in no contact", f"{settings.screener_mailbox}, skip the Inbox")]
 
 
+def mailbox_paths(raws: Iterable[JSON]) -> dict[str, str]:
+    """{id: path} of mailboxes, the names joined by slashes."""
+    boxes = {raw["id"]: raw for raw in raws}
+
+    def path(id_: str, below: tuple[str, ...] = ()) -> str:
+        above, name = str(boxes[id_].get("parentId")), str(boxes[id_]["name"])
+        if above not in boxes or above in below:
+            return name
+        return f"{path(above, (*below, id_))}/{name}"
+
+    return {id_: path(id_) for id_ in boxes}
+
+
+class Setup:
+    """The looking and the making of a setup. `ids` are the mailboxes' by their names, `cards` the
+    contact groups, `problems` a line for each reason why Mailroom cannot work in the account."""
+
+    def __init__(self, settings: MailroomSettings) -> None:
+        self._settings = settings
+        self._client, self._contacts = new_clients(settings)
+        self.boxes, self.groups = needed_mailboxes(settings), needed_groups(settings)
+        self.ids: dict[str, str] = {}
+        self.cards: list[Card] = []
+        self.problems: list[str] = []
+
+    def look(self) -> dict[str, str]:
+        """Read the account; what its session offers. Raises ConfigurationError where there is
+        nothing to read, ServerError."""
+        self._client.connect()
+        checks: list[Callable[[], None]] = [
+            lambda: check_writable(self._client),
+            self._contacts.prepare,
+            self.read,
+        ]
+        for check in checks:
+            try:
+                check()
+            except ConfigurationError as error:
+                self.problems += error.problems
+        return session_facts(self._client, self._settings)
+
+    def read(self) -> None:
+        """Read what may be missing; the mailboxes even where there is no access to contacts."""
+        if self.problems:
+            _, [mailboxes] = self._client.fetch([MAILBOXES])
+            self.ids = ids_by_name(expect(mailboxes))
+        else:
+            self.ids, self.cards = read_account(self._client, self._contacts)
+        if "Inbox" not in self.ids:
+            raise ConfigurationError("the account has no mailbox with the role of the Inbox")
+
+    def missing(self) -> list[Need]:
+        """What the account lacks."""
+        names = group_names(self.cards)
+        lacking = [need for need in self.boxes if need.name not in self.ids]
+        return lacking + [need for need in self.groups if need.name not in names]
+
+    def make(self, needs: Iterable[Need]) -> dict[Need, str]:
+        """Make what is missing; {need: empty where it was made, or why it was not}."""
+        boxes = [need for need in needs if need in self.boxes]
+        groups = [need for need in needs if need in self.groups]
+        tried = dict.fromkeys((*boxes, *groups), "")
+        for some, make in ((boxes, self._make_mailboxes), (groups, self._make_groups)):
+            try:
+                tried |= make(some)
+            except ServerError as error:
+                tried |= dict.fromkeys(some, str(error))
+        return tried
+
+    def _make_mailboxes(self, needs: Sequence[Need]) -> dict[Need, str]:
+        """Make mailboxes at the top, which mail apps show; {need: why it was refused}."""
+        names = {f"m{n}": each.name for n, each in enumerate(needs)}
+        entries = {key: {"name": name, "isSubscribed": True} for key, name in names.items()}
+        parts = self._client.portions(entries)
+        return {
+            needs[int(key[1:])]: error_text(error)
+            for [answer] in self._client.send([[("Mailbox/set", {"create": p})] for p in parts])
+            for key, error in set_errors(expect(answer)).items()
+        }
+
+    def _make_groups(self, needs: Sequence[Need]) -> dict[Need, str]:
+        """Make contact groups; {need: why it was refused}."""
+        uids = self._group_uids()
+        changes = [CardChange(uids[each.name], kind="group", name=each.name) for each in needs]
+        refused = self._contacts.apply(changes)
+        return {need: refused[uids[need.name]] for need in needs if uids[need.name] in refused}
+
+    def _group_uids(self) -> dict[str, str]:
+        """{name: uid} of the groups that there are, and will be."""
+        taken = {card.uid for card in self.cards}
+        there = {card.name: card.uid for card in self.cards if card.is_group}
+        return {need.name: group_uid(need.name, taken) for need in self.groups} | there
+
+    def write_fastmail_rules(self, file: str) -> None:
+        """Write the rules for Fastmail's import. Raises ConfigurationError, ServerError."""
+        tree = Query("Mailbox", None, ("id", "name", "parentId"), lambda raw: raw)
+        paths = mailbox_paths(expect(self._client.fetch([tree])[1][0]))
+        named = {name: paths.get(id_, name) for name, id_ in self.ids.items()}
+        rules = fastmail_rules(self._settings, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", named)
+        try:
+            with open(file, "w", encoding="utf-8") as opened:
+                json.dump(rules, opened, indent=2)
+        except OSError as error:
+            raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
+
+    def sieve_script(self) -> str:
+        """The Sieve script for this account. Raises ConfigurationError where the server's Sieve
+        cannot do it."""
+        details = (self._client.account(SIEVE).get("accountCapabilities") or {}).get(SIEVE) or {}
+        offered = details.get("sieveExtensions") or ()
+        return sieve_script(self._settings, self._group_uids(), self.ids, offered)
+
+    def install_sieve(self) -> str:
+        """Install and activate the script (RFC 9661), unless there is one that Mailroom has not
+        written; what was done. Raises ConfigurationError, ServerError."""
+        if not self._client.account(SIEVE):
+            raise ConfigurationError(NO_SIEVE)
+        script = self.sieve_script()
+        [[answer]] = self._client.send([[("SieveScript/get", {"ids": None})]])
+        there = expect(answer)
+        with understood("SieveScript/get"):
+            active = [s for s in there["list"] if s["isActive"] or s["name"] == SIEVE_NAME]
+            texts = [self._client.download(SIEVE, s["blobId"], SIEVE_TYPE) for s in active]
+        for each, text in zip(active, texts, strict=True):
+            if not text.startswith(SIEVE_MARKER.encode()):
+                raise ConfigurationError(f"the Sieve script {each['name']!r} {NOT_OURS}")
+            if each["isActive"] and text == script.encode():
+                return "The Sieve script is there and active."
+        blob: JSON = {"blobId": self._client.upload(SIEVE, script.encode(), SIEVE_TYPE)}
+        write = {"create": {"new": {"name": SIEVE_NAME, **blob}}}
+        if active:
+            write = {"update": {active[0]["id"]: blob}}
+        activate = active[0]["id"] if active else "#new"
+        arguments = {"ifInState": there["state"], **write, "onSuccessActivateScript": activate}
+        [[answer]] = self._client.send([[("SieveScript/set", arguments)]])
+        for error in set_errors(expect(answer)).values():
+            raise ServerError(f"the server does not take the Sieve script: {error_text(error)}")
+        return "The Sieve script is installed and active."
+
+
 def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: look at the account, make with `--apply` what is missing, and tell of it; the
     exit status. Raises MailroomError."""
-    client, contacts = new_clients(settings)
-    ids, cards, problems = look_at_account(client, contacts)
-    boxes, groups = needed_mailboxes(settings), needed_groups(settings)
-    no_boxes = [need for need in boxes if need.name not in ids]
-    no_groups = [need for need in groups if need.name not in group_names(cards)]
-    tried: dict[Need, str] = {}
-    if options.apply and not problems:
-        tried |= attempt(no_boxes, lambda: make_mailboxes(no_boxes, client))
-        tried |= attempt(no_groups, lambda: make_groups(no_groups, cards, contacts))
-    items = setup_items([*boxes, *groups], [*no_boxes, *no_groups], tried)
-    status, verdict = setup_verdict(Counter(item.state for item in items), problems)
-    facts = session_facts(client, settings)
+    work = Setup(settings)
+    facts = work.look()
+    if options.sieve and not options.apply:
+        print(work.sieve_script(), end="")
+        return 0
+    needs = work.missing()
+    tried = work.make(needs) if options.apply and not work.problems else {}
+    items = setup_items([*work.boxes, *work.groups], needs, tried)
+    status, verdict = setup_verdict(Counter(item.state for item in items), work.problems)
+    told = [*work.problems, verdict]
+    if options.fastmail_rules:
+        work.write_fastmail_rules(options.fastmail_rules)
+        told.append(f"{options.fastmail_rules}: {FASTMAIL_IMPORT}.")
+    if options.sieve and status == 0:
+        try:
+            work.read()
+            told.append(work.install_sieve())
+        except MailroomError as error:
+            status = 1
+            told.append(str(error))
     if options.json:
-        plan = {"account": facts, "items": [item._asdict() for item in items]}
-        print(json.dumps({**plan, "problems": problems, "verdict": verdict}, indent=2))
+        plan = {"account": facts, "items": [item._asdict() for item in items], "told": told}
+        print(json.dumps(plan, indent=2))
     else:
-        show_setup(Console(settings), facts, items, rule_rows(settings), [*problems, verdict])
+        show_setup(Console(settings), facts, items, rule_rows(settings), told)
     return status
 
 
@@ -3542,6 +3674,7 @@ def show_setup(
     rules: Iterable[Sequence[str]],
     last: Iterable[str],
 ) -> None:
+    """Print what there is, what the rules have to do, and what is to be done."""
     console.say("\n".join(table(facts.items())) + "\n")
     for line, item in zip(table(items), items, strict=True):
         console.say(line, item.state)
@@ -3747,6 +3880,7 @@ examples:
   python mailroom.py                       serve (the same as `run`)
   python mailroom.py setup                 what the account has and lacks
   python mailroom.py setup --apply         make what it lacks
+  python mailroom.py setup --fastmail-rules rules.json
   python mailroom.py run --once --dry-run  what one look at the account would do
   python mailroom.py reset                 what taking Mailroom out would do
 
@@ -3796,8 +3930,9 @@ def command_line() -> argparse.ArgumentParser:
         "setup",
         "Show what the account has and lacks, and the rules it needs.",
         apply="make what it lacks",
+        sieve="print the rules as a Sieve script; with --apply install it",
         json="print it for scripts",
-    )
+    ).add_argument("--fastmail-rules", metavar="FILE", help="write a rules file for Fastmail")
     command(
         "reset",
         "Show what taking Mailroom out of the account would do.",
