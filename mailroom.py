@@ -3303,7 +3303,7 @@ def jmapquery(condition: JSON) -> str:
 
 def any_test(tests: Sequence[str]) -> str:
     """A Sieve test that is true if one of these is."""
-    return tests[0] if len(tests) == 1 else f"anyof ({', '.join(tests)})"
+    return tests[0] if len(tests) == 1 else "anyof (" + ",\n  ".join(tests) + ")"
 
 
 def in_group(uid: str, group_filter: str) -> str:
@@ -3327,7 +3327,8 @@ def sieve_script(
     Raises ConfigurationError where the server's Sieve cannot do it.
     """
     if missing := set(SIEVE_NEEDS) - set(offered or SIEVE_NEEDS):
-        raise ConfigurationError(f"the server's Sieve lacks {', '.join(sorted(missing))}")
+        named = ", ".join(sorted(missing))
+        raise ConfigurationError(f"the server's Sieve cannot tell groups of contacts: no {named}")
     by_id = mailbox_ids if not offered or "mailboxid" in offered else {}
     extensions = [*SIEVE_NEEDS, *(["mailboxid"] if by_id else [])]
     extensions += {"extlists"} & set(offered)
