@@ -2590,6 +2590,10 @@ class Triage:
         labels = sorted(category.label for category in self._boxes.labels.values())
         self._ready = True
         LOG.info("account ready", extra=fields(account=self._client.account_id, labels=labels))
+        if self._settings.label_undo not in labels:
+            LOG.info(
+                f"no label {self._settings.label_undo!r}: `setup --apply` makes it, to undo with"
+            )
 
     def run(self) -> dict[str, str]:
         """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
@@ -3433,7 +3437,12 @@ def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, s
     """What the session offers, in words."""
     account, limits = client.account(MAIL), client.limits
     rights = (account.get("accountCapabilities") or {}).get(MAIL) or {}
-    token = "may only read mail" if account.get("isReadOnly") else "may write mail"
+    may_write = [
+        name
+        for name, capability in (("mail", MAIL), ("contacts", CONTACTS))
+        if client.account(capability) and not client.account(capability).get("isReadOnly")
+    ]
+    token = f"may write {' and '.join(may_write) or 'nothing'}"
     if rights.get("mayCreateTopLevelMailbox") is False:
         token += ", but make no mailboxes"
     contacts = "over JMAP"
@@ -3661,8 +3670,9 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
             status = 1
             told.append(str(error))
     if options.json:
-        plan = {"account": facts, "items": [item._asdict() for item in items], "told": told}
-        print(json.dumps(plan, indent=2))
+        listed_items = [item._asdict() for item in items]
+        plan = {"account": facts, "items": listed_items, "rules": dict(rule_rows(settings))}
+        print(json.dumps({**plan, "told": told}, indent=2))
     else:
         show_setup(Console(settings), facts, items, rule_rows(settings), told)
     return status
@@ -3761,7 +3771,7 @@ class Reset:
         self._contacts.prepare()
         ids, cards = read_account(self._client, self._contacts, None)
         boxes = boxes_there(ids, self._settings)
-        if not (boxes.inbox and boxes.screener):
+        if not boxes.screener:
             raise ConfigurationError(*missing(needed_mailboxes(self._settings)[:1], ids))
         own = {*boxes.managed, *boxes.labels, boxes.error, boxes.warning} - {boxes.screener, ""}
         query = Query("Email", in_any(own), MAIL_PROPERTIES, parse_mail)
