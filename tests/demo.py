@@ -124,6 +124,7 @@ Alice Home <alice@home.example>: Sent 14, Drafts 2
 def fill(account: Account) -> None:
     """Puts the mails of SENDERS into the account: always the same ones, dated back from now."""
     chance = random.Random(1)  # noqa: S311  (no secret)
+    account.add_mailbox(UNDO)
     for folder in OWN_FOLDERS:
         account.add_mailbox(folder)
     for sender, where, subjects in re.findall(r"^(\S.*>): (.*)\n +(.*)$", SENDERS, re.MULTILINE):
@@ -177,7 +178,7 @@ def mail_to_tap(account: Account, address: str) -> str:
 
 Snapshot = dict[str, frozenset[str]]  # {mail id: the names of its mailboxes}
 MANAGED = {"Screener", *CATEGORIES}
-ERROR = "@MailroomError"
+ERROR, UNDO = "@MailroomError", "@ToScreener"
 # Label: the groups and mailboxes that it stands for, and what it says of a sender.
 LABELS = {
     "@ToImbox": ({"Imbox"}, "this sender matters: the Imbox, and the Inbox for what was screened"),
@@ -187,6 +188,7 @@ LABELS = {
     "@ToPerson": ({"Person", "Imbox"}, "someone I know; Person is a part of the Imbox: both"),
     "@ToBillboard": ({"Billboard", "Paper Trail"}, "advertising of those whom I buy from"),
     "@ToTruck": ({"Truck", "Paper Trail"}, "parcels; the Truck is a part of the Paper Trail: both"),
+    UNDO: ({"Screener"}, "not decided after all: as if this sender had never been triaged"),
 }
 
 
@@ -361,9 +363,11 @@ class Demo:
         for number, (title, address, label) in enumerate(SCENES, 1):
             self._scene(f"{number}. {title}")
             self._tap(address, label)
-        self._scene("4. A slip of the thumb: two labels for one sender")
+        self._scene("4. Second thoughts about the newsletter")
+        self._tap(SCENES[0][1], UNDO)
+        self._scene("5. A slip of the thumb: two labels for one sender")
         self._conflict(*CONFLICT)
-        self._scene("5. Push goes away, and comes back")
+        self._scene("6. Push goes away, and comes back")
         self._push_goes_away()
         self.screen.pause()
         self._close()
@@ -463,8 +467,14 @@ class Demo:
         return seconds, f"{count(ran, 'cycle')} ({by}), {count(asked, 'request')}"
 
     def _tell_contact(self, address: str, label: str, before: set[str]) -> None:
-        """There has to be one contact, in the groups of the label; `before`: those it was in."""
+        """There has to be one contact, in the groups of the label; none after the triage was taken
+        back. `before`: the groups it was in."""
         cards, groups = self.account.contacts_of(address), self.account.groups_of(address)
+        if label == UNDO:
+            if cards:
+                raise DemoError(f"{address} still has a contact")
+            self.screen.fact("contact", "deleted: Mailroom made it, nobody has touched it")
+            return
         kind = "individual" if label == "@ToPerson" else "org"
         if [card["kind"] for card in cards] != [kind] or groups != LABELS[label][0] | {"Mailroom"}:
             raise DemoError(f"{address} has {count(len(cards), 'contact')} in [{listed(groups)}]")
@@ -561,7 +571,8 @@ HELP = """\
   label SENDER LABEL       put a label on the sender's newest mail
   unlabel SENDER LABEL     take it off
 SENDER is a part of an address, as in: label slow-crumb @ToFeed
-LABEL is @ToImbox, @ToPerson, @ToFeed, @ToPaperTrail, @ToBillboard, @ToTruck or @ToJail"""
+LABEL is @ToImbox, @ToPerson, @ToFeed, @ToPaperTrail, @ToBillboard, @ToTruck or @ToJail,
+or @ToScreener, which takes a sender's triage back"""
 
 
 class Phone:

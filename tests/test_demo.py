@@ -97,7 +97,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
 def test_the_demo_plays_all_scenes(outcomes: dict[str, tuple[int, str]]) -> None:
     status, output = outcomes[""]
     assert status == 0, output
-    assert re.findall(r"^(\d)\. ", output, re.MULTILINE) == list("12345")
+    assert re.findall(r"^(\d)\. ", output, re.MULTILINE) == list("123456")
     _, _, summary = output.partition("\ntap ")
     for tap in TAPS:
         assert f"\n{tap}  " in summary
