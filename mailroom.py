@@ -17,7 +17,8 @@ an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts
 the label. Whatever was missed or failed, the next cycle sees.
 
 Read this file from top to bottom: settings, logs, the triage rules, JMAP, contacts, push, the
-cycle, the service. A section needs only those above it. Run it with `python mailroom.py`.
+cycle, the service, and then what is done beside it: rules for mail to come, setup, reset. A section
+needs only those above it. Run it with `python mailroom.py`, or see `python mailroom.py --help`.
 """
 
 # The sockets are patched before anything imports them: a blocked read is then a greenlet that
@@ -2873,7 +2874,10 @@ def explain_patches(patches: Iterable[MailPatch], names: Mapping[str, str]) -> I
     """Where mails go, a line for those that go the same way. `names`: {mailbox id: name}."""
     ways = Counter(tuple(sorted(patch.items())) for patch in patches if patch)
     for way, mails in ways.items():
-        boxes = [(names[path.removeprefix("mailboxIds/")], stays) for path, stays in way]
+        boxes = [
+            (names.get(path.removeprefix("mailboxIds/"), "another mailbox"), stays)
+            for path, stays in way
+        ]
         out = listed(name for name, stays in boxes if not stays)
         into = listed(name for name, stays in boxes if stays)
         yield f"file {number(mails, 'mail')} into {into}" + (f", out of {out}" if out else "")
