@@ -3233,8 +3233,8 @@ class Route(NamedTuple):
 
 
 def routes(categories: Sequence[Category]) -> list[Route]:
-    """A route for each category, parents first. All routes that fit a mail apply, and any of them
-    takes it out of the Inbox, so that the mail goes where triage puts one from the Screener.
+    """A route for each category. All routes that fit a mail apply, and any of them takes it out of
+    the Inbox, so that the mail goes where triage puts one from the Screener.
 
     Where categories share a group nobody can tell their senders apart: the mails go to the
     mailboxes of all of them, and stay in the Inbox if they do for one of them.
@@ -3244,15 +3244,13 @@ def routes(categories: Sequence[Category]) -> list[Route]:
         family = [category, *ancestors(category, categories)]
         return [each.contact_group for each in family]
 
-    inboxed = {each.contact_group: groups(each) for each in categories if each.add_to_inbox}
-    return [
-        Route(
-            each.contact_group,
-            each.destination_mailbox,
-            tuple(group for group, above in inboxed.items() if each.contact_group in above),
-        )
-        for each in sorted(categories, key=lambda each: len(groups(each)))
-    ]
+    inboxed = [each for each in categories if each.add_to_inbox]
+    found = []
+    for each in categories:
+        stay = (one.contact_group for one in inboxed if each.contact_group in groups(one))
+        route = Route(each.contact_group, each.destination_mailbox, tuple(dict.fromkeys(stay)))
+        found.append(route)
+    return found
 
 
 def quoted(text: str) -> str:
@@ -3314,11 +3312,56 @@ def any_test(tests: Sequence[str]) -> str:
     return tests[0] if len(tests) == 1 else "anyof (" + ",\n  ".join(tests) + ")"
 
 
+def all_test(*tests: str) -> str:
+    """A Sieve test that is true if all of these are."""
+    return "allof (" + ",\n  ".join(tests) + ")"
+
+
 def in_group(uid: str, group_filter: str) -> str:
     """The Sieve test whether the sender is in a group. A server may know the group by its uid with
     or without `urn:uuid:`, and takes the other for a group that has no members."""
     uids = dict.fromkeys([uid, uid.removeprefix("urn:uuid:")])
     return any_test([jmapquery({group_filter: each}) for each in uids])
+
+
+class Filing(NamedTuple):
+    """A Sieve command that files the mails for which a test holds."""
+
+    title: str
+    test: str
+    mailbox: str
+    keeps_inbox: bool = False
+
+    def command(self, by_id: Mapping[str, str]) -> str:
+        """The command. It goes by the mailbox's id (RFC 9042) if that is given, and by its name for
+        when there is no such id any longer."""
+        tags = [":copy"] if self.keeps_inbox else []
+        tags += [":mailboxid", quoted(by_id[self.mailbox])] if self.mailbox in by_id else []
+        action = " ".join(["fileinto", *tags, quoted(self.mailbox)])
+        return f"# {self.title}\nif {self.test} {{\n  {action};\n}}"
+
+
+def route_filings(route: Route, members: Mapping[str, str]) -> list[Filing]:
+    """A route in Sieve. `members`: {group: the test whether the sender is in it}."""
+    if route.group not in members:
+        return []
+    test, stay = members[route.group], [members[name] for name in route.stay if name in members]
+    if not stay or route.group in route.stay:
+        return [Filing(route.group, test, route.mailbox, bool(stay))]
+    return [
+        Filing(f"{route.group}, and Inbox", all_test(test, any_test(stay)), route.mailbox, True),
+        Filing(route.group, all_test(test, f"not {any_test(stay)}"), route.mailbox),
+    ]
+
+
+def strangers_filing(screener: str, has_lists: bool) -> Filing:
+    """What files the mails of senders in no contact. It is negated within the filter: if the server
+    cannot carry that out, mails stay in the Inbox. Without a search index Cyrus 3.6 misses contacts
+    by the filter, and finds those of the first address book by the list (RFC 6134)."""
+    test = jmapquery({"operator": "NOT", "conditions": [{"fromAnyContact": True}]})
+    if has_lists:
+        test = all_test(test, 'not address :list "from" ":addrbook:default"')
+    return Filing("Strangers", test, screener)
 
 
 def sieve_script(
@@ -3340,45 +3383,15 @@ def sieve_script(
     by_id = mailbox_ids if not offered or "mailboxid" in offered else {}
     extensions = [*SIEVE_NEEDS, *(["mailboxid"] if by_id else [])]
     extensions += {"extlists"} & set(offered)
-    tests = {name: in_group(uid, group_filter) for name, uid in groups.items()}
-    return "\n".join([
-        SIEVE_MARKER,
-        f"require [{', '.join(map(quoted, extensions))}];",
-        *(sieve_route(route, tests, by_id) for route in routes(settings.triage_categories)),
-        sieve_strangers(settings.screener_mailbox, by_id, "extlists" in offered),
-    ])  # fmt: skip
-
-
-def sieve_route(route: Route, tests: Mapping[str, str], by_id: Mapping[str, str]) -> str:
-    """A route as a Sieve command. Filing without `:copy` is what takes the mail out of the Inbox;
-    Cyrus forgets that when the same mailbox comes again with it, so parents have to come first."""
-    if route.group not in tests:
-        return ""
-    move, copy = (file_into(route.mailbox, by_id, tag) for tag in ("", " :copy"))
-    stay = [tests[group] for group in route.stay if group in tests]
-    commands = move
-    if route.group in route.stay:
-        commands = copy
-    elif stay:
-        commands = f"if {any_test(stay)} {{ {copy} }} else {{ {move} }}"
-    return f"# {route.group}\nif {tests[route.group]} {{\n  {commands}\n}}\n"
-
-
-def sieve_strangers(screener: str, by_id: Mapping[str, str], has_lists: bool) -> str:
-    """The Sieve command for senders in no contact. Negated within the filter: if the server cannot
-    carry that out, mails stay in the Inbox. Without a search index Cyrus 3.6 misses contacts by
-    the filter, and finds those of the first address book by the list (RFC 6134)."""
-    test = jmapquery({"operator": "NOT", "conditions": [{"fromAnyContact": True}]})
-    if has_lists:
-        test = f'allof ({test}, not address :list "from" ":addrbook:default")'
-    return f"# Strangers\nif {test} {{\n  {file_into(screener, by_id)}\n}}\n"
-
-
-def file_into(mailbox: str, by_id: Mapping[str, str], tag: str = "") -> str:
-    """The Sieve command that files a mail: by the mailbox's id (RFC 9042) if there is one, with the
-    name for when there is no longer."""
-    id_ = f" :mailboxid {quoted(by_id[mailbox])}" if mailbox in by_id else ""
-    return f"fileinto{tag}{id_} {quoted(mailbox)};"
+    members = {name: in_group(uid, group_filter) for name, uid in groups.items()}
+    filings: list[Filing] = []
+    for route in routes(settings.triage_categories):
+        filings += route_filings(route, members)
+    filings.append(strangers_filing(settings.screener_mailbox, "extlists" in offered))
+    # Cyrus keeps a mail in the Inbox if the last filing into a mailbox does.
+    filings.sort(key=lambda filing: not filing.keeps_inbox)
+    required = f"require [{', '.join(map(quoted, extensions))}];"
+    return "\n\n".join([SIEVE_MARKER, required, *(each.command(by_id) for each in filings)]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------
