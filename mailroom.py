@@ -3220,6 +3220,7 @@ SIEVE_MARKER = "# Made by Mailroom: `setup --apply --sieve` writes this script a
 SIEVE_NEEDS = ("fileinto", "copy", "vnd.cyrus.jmapquery")
 # What asks Cyrus and Fastmail for the senders in a group of contacts, given the group's uid; the
 # other name is that of servers from before RFC 9610 (Cyrus 3.6).
+OLD_CYRUS_SIEVE = "https://cyrusimap.org/ns/jmap/sieve"
 GROUP_FILTER, OLD_GROUP_FILTER = "fromContactCardUid", "fromContactGroupId"
 
 
@@ -3632,35 +3633,48 @@ class Setup:
         """The Sieve script for this account. Raises ConfigurationError where the server's Sieve
         cannot do it."""
         details = (self._client.account(SIEVE).get("accountCapabilities") or {}).get(SIEVE) or {}
-        offered = details.get("sieveExtensions") or ()
-        return sieve_script(self._settings, self._group_uids(), self.ids, offered)
+        offered, there = details.get("sieveExtensions") or (), self._client.session_capabilities
+        is_old = OLD_CYRUS_SIEVE in there and CONTACTS not in there
+        group_filter = OLD_GROUP_FILTER if is_old else GROUP_FILTER
+        return sieve_script(self._settings, self._group_uids(), self.ids, offered, group_filter)
 
     def install_sieve(self) -> str:
         """Install and activate the script (RFC 9661), unless there is one that Mailroom has not
         written; what was done. Raises ConfigurationError, ServerError."""
         if not self._client.account(SIEVE):
             raise ConfigurationError(NO_SIEVE)
-        script = self.sieve_script()
+        script = self.sieve_script().replace("\n", "\r\n").encode()
         [[answer]] = self._client.send([[("SieveScript/get", {"ids": None})]])
-        there = expect(answer)
+        there, own = expect(answer), None
         with understood("SieveScript/get"):
-            active = [s for s in there["list"] if s["isActive"] or s["name"] == SIEVE_NAME]
-            texts = [self._client.download(SIEVE, s["blobId"], SIEVE_TYPE) for s in active]
-        for each, text in zip(active, texts, strict=True):
-            if not text.startswith(SIEVE_MARKER.encode()):
-                raise ConfigurationError(f"the Sieve script {each['name']!r} {NOT_OURS}")
-            if each["isActive"] and text == script.encode():
-                return "The Sieve script is there and active."
-        blob: JSON = {"blobId": self._client.upload(SIEVE, script.encode(), SIEVE_TYPE)}
-        write = {"create": {"new": {"name": SIEVE_NAME, **blob}}}
-        if active:
-            write = {"update": {active[0]["id"]: blob}}
-        activate = active[0]["id"] if active else "#new"
-        arguments = {"ifInState": there["state"], **write, "onSuccessActivateScript": activate}
-        [[answer]] = self._client.send([[("SieveScript/set", arguments)]])
-        for error in set_errors(expect(answer)).values():
-            raise ServerError(f"the server does not take the Sieve script: {error_text(error)}")
+            for each in there["list"]:
+                if not (each["isActive"] or each["name"] == SIEVE_NAME):
+                    continue
+                text = self._client.download(SIEVE, each["blobId"], SIEVE_TYPE)
+                if not text.startswith(SIEVE_MARKER.encode()):
+                    raise ConfigurationError(f"the Sieve script {each['name']!r} {NOT_OURS}")
+                if each["isActive"] and text == script:
+                    return "The Sieve script is there and active."
+                own = each["id"]
+            self._write_sieve(script, own, there["state"])
         return "The Sieve script is installed and active."
+
+    def _write_sieve(self, script: bytes, own: str | None, state: str) -> None:
+        """Write the script in place of Mailroom's own, given by its id, or as a new one; unless any
+        other has changed since that state. Raises ServerError."""
+        blob = {"blobId": self._client.upload(SIEVE, script, SIEVE_TYPE)}
+        write: JSON = {"create": {"new": {"name": SIEVE_NAME, **blob}}}
+        if own:
+            write = {"update": {own: blob}}
+        arguments = {"ifInState": state, **write, "onSuccessActivateScript": own or "#new"}
+        calls: list[Call] = [("SieveScript/set", arguments), ("SieveScript/get", {"ids": None})]
+        [[answer, now]] = self._client.send([calls])
+        done = expect(answer)
+        for error in set_errors(done).values():
+            raise ServerError(f"the server does not take the Sieve script: {error_text(error)}")
+        id_ = own or done["created"]["new"]["id"]
+        if not any(each["isActive"] and each["id"] == id_ for each in expect(now)["list"]):
+            raise ServerError("the server has taken the Sieve script, but has not activated it")
 
 
 def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
