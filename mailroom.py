@@ -2650,12 +2650,15 @@ class Triage:
         self, senders: Mapping[str, Category], queue: Collection[Mail], tries: int = 2
     ) -> dict[str, str]:
         """Triage a batch of senders; {sender: why it failed}. When a request fails and the server
-        is well the batch is split, so that the sender at fault holds up no one else."""
+        is well the batch is split, so that the sender at fault holds up no one else. Raises the
+        error of a server that wants to be left alone."""
         try:
             plans = self.plan(senders, queue)
             first = {plan.contact.uid: plan for plan in plans[::-1]}
             failed = self.carry_out(first.values())
         except ServerError as error:
+            if error.retry_after:
+                raise
             if not error.answered:
                 self.connect()  # It raises when it is the server that is at fault.
             names = list(senders)
