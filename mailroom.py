@@ -1792,6 +1792,8 @@ DAV, CARD = "{DAV:}", "{urn:ietf:params:xml:ns:carddav}"
 DAV_TYPE = "application/xml; charset=utf-8"
 LISTED = ("UID", "FN", "N", "ORG", "EMAIL", "NOTE", "KIND", "MEMBER", APPLE_KIND, APPLE_MEMBER)
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
+# A PUT that is answered otherwise, by a page with status 200 say, may have written nothing.
+WRITTEN = (201, 204)
 EDIT_ATTEMPTS = 4
 CARDDAV_REMEDY = (
     "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password) "
@@ -1968,7 +1970,7 @@ class CardDAVContacts:
         """Make a card at a place of its own, where no second one can be made; why it failed."""
         url = urljoin(next(iter(self._books)), f"{uuid.UUID(change.uid)}.vcf")
         status = self._put(url, new_vcard(change), {"If-None-Match": "*"})
-        return "" if status < 300 else f"HTTP {status}"
+        return "" if status in WRITTEN else f"HTTP {status}"
 
     def _edit(self, card: Card, change: CardChange) -> str:
         """Change a card as it is now, again while others change it too; why it failed."""
@@ -1981,7 +1983,7 @@ class CardDAVContacts:
                 return ""
             status = self._put(card.ref, edited, {"If-Match": etag})
             if status != 412:
-                return "" if status < 300 else f"HTTP {status}"
+                return "" if status in WRITTEN else f"HTTP {status}"
         return "someone else keeps changing it"
 
     def _get(self, card: Card) -> tuple[str, str]:
