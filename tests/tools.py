@@ -24,6 +24,8 @@ import mailroom
 SERVERS = {"fastmail": Options.fastmail, "cyrus": Options.cyrus, "stalwart": Options.stalwart}
 PROGRAM = Path(mailroom.__file__)
 FOREIGN = ("Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash", "Mine")
+COUNTS: Counter[str] = Counter()
+"""What the tests tried so often, shown at the end of the run."""
 CARD_PATHS = re.compile(r"name|notes|notes/[^/]+/note|members|members/[^/]+")
 
 

@@ -1,0 +1,464 @@
+"""Accounts to break things in: mail on the embedded server, contacts there or on Radicale, and a
+Mailroom beside it that is driven cycle by cycle, in virtual time. What must hold at every moment is
+looked at after every single change of the account."""
+
+import json
+import os
+import random
+import re
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from email.utils import parseaddr
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import gevent
+import gevent.event
+from fault_proxy import FaultProxy
+from jmap_server import JSON, Account, Fault, JMAPServer, Options, Request
+from radicale_server import RadicaleServer
+from tools import SERVERS, check_account, settings_for
+
+import mailroom
+
+STYLES = (*SERVERS, "radicale")
+PHONE = "+1 555 0100"
+DATE = re.compile(r"\d{4}-\d\d-\d\d")
+MARKS = {"@MailroomError", "@MailroomWarning"}
+OWN_LINES = ("UID:", "PRODID:", "X-ADDRESSBOOKSERVER-MEMBER:", "MEMBER:")
+
+
+class Kept(NamedTuple):
+    """A card as it is kept. `rest` is all that is not said by the other parts."""
+
+    uid: str
+    is_group: bool
+    name: str
+    addresses: tuple[str, ...]
+    members: tuple[str, ...]
+    rest: tuple[str, ...]
+
+
+class JMAPStore:
+    """Contacts in the account of the embedded server."""
+
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self._known: dict[str, tuple[JSON, Kept]] = {}
+
+    def cards(self) -> list[Kept]:
+        """A card that changes is another object than before."""
+        for key, card in self.account.cards.items():
+            if key not in self._known or self._known[key][0] is not card:
+                self._known[key] = (card, self._kept(card))
+        return [self._known[key][1] for key in self.account.cards]
+
+    def _kept(self, card: JSON) -> Kept:
+        ours = ("id", "uid", "name", "emails", "members", "addressBookIds")
+        return Kept(
+            card["uid"],
+            card["kind"] == "group",
+            card.get("name", {}).get("full", ""),
+            tuple(email["address"].lower() for email in card.get("emails", {}).values()),
+            tuple(sorted(card.get("members", {}))),
+            tuple(sorted(f"{key}: {json.dumps(card[key])}" for key in card.keys() - {*ours})),
+        )
+
+    def add(self, address: str, name: str = "", note: str = "") -> str:
+        notes = {"notes": {"n1": {"note": note}}} if note else {}
+        return str(self.account.cards[self.account.add_contact(address, name, **notes)]["uid"])
+
+    def add_group(self, name: str, members: Iterable[str] = ()) -> str:
+        return str(self.account.cards[self.account.add_group(name, members)]["uid"])
+
+    def edit(self, uid: str, *, phone: str = "", name: str = "") -> None:
+        card = self.account.cards[self.account.by_uid[uid]]
+        phones = {"phones": {"p1": {"number": phone}}} if phone else {}
+        self.account.put_card({**card, **phones, **({"name": {"full": name}} if name else {})})
+
+    def set_members(self, uid: str, members: Iterable[str]) -> None:
+        card = self.account.cards[self.account.by_uid[uid]]
+        self.account.put_card({**card, "members": dict.fromkeys(members, True)})
+
+    def remove(self, uid: str) -> None:
+        self.account.remove_card(self.account.by_uid[uid])
+
+
+class RadicaleStore:
+    """Contacts of a Radicale, as the files that it keeps them in. It holds nothing in memory that
+    it does not check against them, so this is both fast and how another client's change looks."""
+
+    def __init__(self, server: RadicaleServer) -> None:
+        root = server.home / "collections" / "collection-root"
+        self.folder = root / server.username / server.addressbook
+        for card in self.folder.glob("*.vcf"):
+            card.unlink()
+        self._known: list[Kept] | None = None
+        self._made = 0
+
+    def forget(self) -> None:
+        """Something may have been written."""
+        self._known = None
+
+    def cards(self) -> list[Kept]:
+        if self._known is None:
+            self._known = [self._kept(path) for path in sorted(self.folder.glob("*.vcf"))]
+        return self._known
+
+    def _kept(self, path: Path) -> Kept:
+        lines = self._lines(path)
+        values: dict[str, list[str]] = defaultdict(list)
+        for line in lines:
+            name, _, value = line.partition(":")
+            values[name.partition(";")[0]].append(value)
+        members = values["X-ADDRESSBOOKSERVER-MEMBER"] + values["MEMBER"]
+        [uid] = values["UID"]
+        return Kept(
+            f"urn:uuid:{uid}",
+            "X-ADDRESSBOOKSERVER-KIND" in values,
+            values["FN"][0],
+            tuple(address.lower() for address in values["EMAIL"]),
+            tuple(sorted(members)),
+            tuple(sorted(line for line in lines if not line.startswith(OWN_LINES))),
+        )
+
+    def _lines(self, path: Path) -> list[str]:
+        return path.read_bytes().decode().replace("\r\n ", "").split("\r\n")[:-1]
+
+    def _path(self, uid: str) -> Path:
+        wanted = uid.removeprefix("urn:uuid:")
+        return next(p for p in self.folder.glob("*.vcf") if f"UID:{wanted}" in self._lines(p))
+
+    def _write(self, path: Path, lines: Iterable[str]) -> None:
+        new = path.with_suffix(".new")
+        new.write_bytes("\r\n".join([*lines, ""]).encode())
+        os.replace(new, path)
+        self.forget()
+
+    def _add(self, name: str, *more: str) -> str:
+        self._made += 1  # the same uids in each run: what Radicale has indexed stays good
+        uid = str(uuid.UUID(int=self._made, version=4))
+        named = [f"UID:{uid}", f"FN:{name}", f"N:;{name};;;"]
+        lines = ["BEGIN:VCARD", "VERSION:3.0", *named, *more, "END:VCARD"]
+        self._write(self.folder / f"{uid}.vcf", lines)
+        return f"urn:uuid:{uid}"
+
+    def add(self, address: str, name: str = "", note: str = "") -> str:
+        notes = ["NOTE:" + note.replace("\n", "\\n")] if note else []
+        return self._add(name, f"EMAIL;TYPE=INTERNET:{address}", *notes)
+
+    def add_group(self, name: str, members: Iterable[str] = ()) -> str:
+        joined = [f"X-ADDRESSBOOKSERVER-MEMBER:{uid}" for uid in members]
+        return self._add(name, "X-ADDRESSBOOKSERVER-KIND:group", *joined)
+
+    def edit(self, uid: str, *, phone: str = "", name: str = "") -> None:
+        path = self._path(uid)
+        lines = self._lines(path)
+        if name:
+            lines = [f"FN:{name}" if line.startswith("FN:") else line for line in lines]
+        self._write(path, [*lines[:-1], *([f"TEL:{phone}"] if phone else []), lines[-1]])
+
+    def set_members(self, uid: str, members: Iterable[str]) -> None:
+        path = self._path(uid)
+        others = [line for line in self._lines(path) if "-MEMBER:" not in line]
+        joined = [f"X-ADDRESSBOOKSERVER-MEMBER:{member}" for member in members]
+        self._write(path, [*others[:-1], *joined, others[-1]])
+
+    def remove(self, uid: str) -> None:
+        self._path(uid).unlink()
+        self.forget()
+
+
+Store = JMAPStore | RadicaleStore
+
+
+class VirtualPause(gevent.event.Event):
+    """A shutdown flag that notes how long it is waited for, and does not wait."""
+
+    waited = 0.0
+
+    def wait(  # type: ignore[override]  # (it has an overload for each type of time-out)
+        self, timeout: float | None = None
+    ) -> bool:
+        self.waited += timeout or 0
+        return False
+
+
+class Program:
+    """A Mailroom in this process, driven a cycle at a time the way the service drives it: with its
+    memory between cycles and without its pauses. It can die at any point, and then starts anew."""
+
+    def __init__(self, settings: mailroom.MailroomSettings) -> None:
+        self.settings = settings
+        self.result = ""
+        self.pause = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        self._service = mailroom.Service(self.settings)
+        self._service.shutdown = VirtualPause()
+        self.greenlet: gevent.Greenlet[..., Any] = gevent.Greenlet()
+
+    def cycle(self) -> str:
+        """One cycle to its end; how it ended: `success`, `failure`, `status 2` or `killed`. `pause`
+        is how many seconds the service would wait until the next."""
+        self.begin()
+        return self.end()
+
+    def begin(self) -> None:
+        self._service.shutdown.waited = 0.0  # type: ignore[attr-defined]
+        self.greenlet = gevent.spawn(mailroom.outcome, self._cycle)
+
+    def end(self) -> str:
+        self.greenlet.join(60)
+        assert self.greenlet.ready(), "a cycle without end"
+        died = self.greenlet.value
+        if died is None:
+            return self.result
+        if not isinstance(died, gevent.GreenletExit | mailroom.ConfigurationError):
+            raise died
+        self._start()
+        return "killed" if isinstance(died, gevent.GreenletExit) else "status 2"
+
+    def _cycle(self) -> None:
+        delay = self._service._cycle("startup")
+        self.pause = delay + self._service.shutdown.waited  # type: ignore[attr-defined]
+        self.result = "failure" if self._service.health.consecutive_failures else "success"
+
+    def kill(self) -> None:
+        """As SIGKILL would, from the servers' side: it is gone without a word."""
+        self.greenlet.kill(block=False)
+
+    def time_out(self) -> None:
+        """What a socket raises when the time for an answer is up, now and not in a minute."""
+        self.greenlet.kill(TimeoutError("timed out"), block=False)
+
+    def settle(self, cycles: int = 4) -> None:
+        """Cycles until one goes well. There is no endless fight: it takes a few at most."""
+        results = []
+        for _ in range(cycles):
+            results.append(self.cycle())
+            if results[-1] == "success":
+                return
+        raise AssertionError(f"it does not come to rest: {results}")
+
+
+class Goal(NamedTuple):
+    """Where an undisturbed run leads to: `state` is all of the account."""
+
+    state: JSON
+    groups: dict[str, set[str]]
+    boxes: dict[str, set[str]]
+
+
+class World:
+    """An account with servers that are told what goes wrong with which request.
+
+    `meet` is asked for a fault at every request, whichever server it is to, with its number.
+    """
+
+    def __init__(self, style: str, radicale: RadicaleServer | None = None, **options: Any) -> None:
+        settings: JSON = {}
+        on_radicale = style == "radicale"
+        made = Options(has_contacts=False) if on_radicale else SERVERS[style]()
+        made.push = None
+        for name, value in options.items():
+            setattr(made, name, value)
+        self.mail = JMAPServer.with_mailroom_account(made)
+        self.account = self.mail.account
+        self.account.add_mailbox("Mine")
+        self.servers: list[JMAPServer] = [self.mail]
+        self.store: Store = JMAPStore(self.account)
+        if on_radicale and radicale:
+            self._use(radicale)
+            login = {"carddav_username": radicale.username, "carddav_password": radicale.password}
+            settings = {"carddav_url": self.servers[-1].origin, **login}
+        self.settings = settings_for(self.mail, **settings)
+        self.requests: list[tuple[int, Request]] = []
+        self.meet: Callable[[int, Request], Fault | None] = lambda *_: None
+        self.goal: Goal | None = None
+        self._start: Goal | None = None
+        self.removed: set[str] = set()
+        self.broken: list[str] = []
+        for number, server in enumerate(self.servers):
+            server.on_request = lambda _, request, number=number: self._met(number, request)
+
+    def _use(self, radicale: RadicaleServer) -> None:
+        self.store = RadicaleStore(radicale)
+        self.servers.append(FaultProxy(radicale.port))
+        groups = [card["name"]["full"] for card in self.account.cards.values()]
+        for group in [*self.account.cards]:
+            self.account.remove_card(group)
+        for name in groups:
+            self.store.add_group(name)
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for server in self.servers:
+            server.stop()
+        if error is None:
+            self.check()
+
+    def _met(self, server: int, request: Request) -> Fault:
+        self.requests.append((server, request))
+        fault = self.meet(len(self.requests), request) or Fault()
+        after = fault.after
+
+        def look() -> None:
+            if server and isinstance(self.store, RadicaleStore):
+                self.store.forget()
+            self.look()
+            if after:
+                after()
+
+        fault.after = look
+        return fault
+
+    # What is there before, and what the user does
+
+    def deliver(self, sender: str, mails: int = 1, *boxes: str) -> list[str]:
+        address = parseaddr(sender)[1].lower()
+        start = len(self.account.mails)
+        return [
+            self.account.deliver(sender, boxes or ["Screener"], subject=f"{address} {start + n}")
+            for n in range(mails)
+        ]
+
+    def tap(self, sender: str, label: str, mails: int = 2) -> list[str]:
+        """Mails arrive in the Screener, and one of them gets a label."""
+        ids = self.deliver(sender, mails)
+        self.account.label(ids[0], label)
+        return ids
+
+    def triaged(self, address: str, category: str, *parents: str) -> list[str]:
+        """A sender that Mailroom triaged some time ago; the mails."""
+        note = f"{mailroom.CREATED_NOTE}\nTriaged to {category} on 2025-01-01"
+        uid = self.store.add(address, address, note)
+        for group in (category, *parents, "Mailroom"):
+            self.join(group, uid)
+        return self.deliver(address, 2, category, *parents)
+
+    def join(self, group: str, *uids: str) -> None:
+        card = self.group(group)
+        self.store.set_members(card.uid, [*card.members, *uids])
+
+    def group(self, name: str) -> Kept:
+        return next(card for card in self.store.cards() if card.is_group and card.name == name)
+
+    def contact(self, address: str) -> Kept:
+        [card] = [card for card in self.store.cards() if address in card.addresses]
+        return card
+
+    def remove_mail(self, mail: str) -> None:
+        """The user deletes it for good."""
+        self.removed.add(mail)
+        self.account.remove_mail(mail)
+
+    # What is there now
+
+    def groups(self) -> dict[str, set[str]]:
+        """The groups that each address is in."""
+        cards = self.store.cards()
+        found: dict[str, set[str]] = {a: set() for card in cards for a in card.addresses}
+        of_uid = {card.uid: card.addresses for card in cards}
+        for group in cards:
+            for member in group.members:
+                for address in of_uid.get(member, ()):
+                    found[address].add(group.name)
+        return found
+
+    def boxes(self) -> dict[str, set[str]]:
+        return {id_: self.account.mailboxes_of(id_) for id_ in self.account.mails}
+
+    def state(self) -> JSON:
+        """All of the account, but for what may differ from run to run: uids and dates."""
+        addresses = {card.uid: "/".join(card.addresses) for card in self.store.cards()}
+        cards = [
+            [
+                *(card.is_group, card.name, card.addresses),
+                sorted(addresses.get(uid, uid) for uid in card.members),
+                *(DATE.sub("DATE", line) for line in card.rest),
+            ]
+            for card in self.store.cards()
+        ]
+        mails = {
+            mail.subject: sorted(self.account.mailboxes_of(id_))
+            for id_, mail in self.account.mails.items()
+        }
+        names = sorted(box.name for box in self.account.mailboxes.values())
+        return {"mails": mails, "cards": sorted(map(repr, cards)), "mailboxes": names}
+
+    def end(self) -> Goal:
+        return Goal(self.state(), self.groups(), self.boxes())
+
+    # What has to hold
+
+    def watch(self, goal: Goal | None = None) -> None:
+        """From now on each change is looked at. With the goal of an undisturbed run it is known,
+        too, whose groups change, and when a tap is done."""
+        self.goal = goal
+        self._first = Counter(a for card in self.store.cards() for a in card.addresses)
+        self._start = Goal({}, self.groups(), self.boxes())
+        self._tapped = {
+            self._sender(id_) for id_, boxes in self._start.boxes.items() if labels_in(boxes)
+        }
+        self.account.listeners.append(lambda _: self.look())
+
+    def _sender(self, mail: str) -> str:
+        return self.account.mails[mail].subject.partition(" ")[0]
+
+    def look(self) -> None:
+        """What must hold at every moment, whatever goes wrong."""
+        if self._start:
+            self.broken += self._wrong(self._start)
+
+    def _wrong(self, start: Goal) -> Iterable[str]:
+        boxes, groups = self.boxes(), self.groups()
+        lost = start.boxes.keys() - boxes.keys() - self.removed
+        if lost or not all(boxes.values()):
+            yield f"mails are lost: {lost}"
+        contacts = Counter(address for card in self.store.cards() for address in card.addresses)
+        for address, count in contacts.items():
+            if count > max(1, self._first[address]):
+                yield f"{address} has a second contact"
+        if self.goal:
+            yield from self._wrong_on_the_way(self.goal, start, boxes, groups)
+
+    def _wrong_on_the_way(
+        self, goal: Goal, start: Goal, boxes: dict[str, set[str]], groups: dict[str, set[str]]
+    ) -> Iterable[str]:
+        for address, old in start.groups.items():
+            now, new = groups.get(address, set()), goal.groups.get(address, set())
+            if not now >= old & new or (old and not now & (old | new)):
+                yield f"{address} was in {old}, is to be in {new} and is in {now}"
+        done = {
+            address
+            for address in self._tapped
+            if groups.get(address, set()) == goal.groups.get(address, set())
+        }
+        for id_, there in boxes.items():
+            if there - MARKS != goal.boxes[id_] - MARKS:
+                done.discard(self._sender(id_))
+        waiting = {self._sender(id_) for id_, there in boxes.items() if labels_in(there)}
+        if lost := self._tapped - done - waiting:
+            yield f"the taps for {lost} are lost"
+
+    def check(self) -> None:
+        assert not self.broken, self.broken[:3]
+        check_account(self.mail, self.removed)
+        assert all(server.crashes == [] for server in self.servers)
+
+
+def labels_in(boxes: Iterable[str]) -> bool:
+    return any(box.startswith("@To") for box in boxes)
+
+
+def seeded() -> None:
+    """The same order of the senders in each run."""
+    random.seed(1)
