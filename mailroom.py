@@ -1724,9 +1724,9 @@ def new_vcard(change: CardChange) -> str:
 
 
 def edit_vcard(text: str, change: CardChange) -> str:
-    """The vCard with the change made: lines are added before its end, a note grows by a fold, and a
-    member that leaves goes with its line, as does a note that has nothing left. Raises ValueError
-    when the vCard has no end."""
+    """The vCard with the change made, as far as it is not made already: lines are added before its
+    end, a note grows by a fold, and a member that leaves goes with its line, as does a note that
+    has nothing left. Raises ValueError when the vCard has no end."""
     eol = "\r\n" if "\r\n" in text else "\n"
     lines = [(line, vcard_property(line)) for line in vcard_lines(text)]
     names = {each.name for _, each in lines}
@@ -1737,7 +1737,8 @@ def edit_vcard(text: str, change: CardChange) -> str:
     added = [f"{member}:{uid}" for uid in sorted(change.add - there)]
     named = any(each.name == "FN" and each.value.strip() for _, each in lines)
     added += [f"FN:{vcard_escape(change.name)}"] if change.name and not named else []
-    note, edited = vcard_escape("\n".join(change.note)), ""
+    told = {line for _, each in lines if each.name == "NOTE" for line in each.text.splitlines()}
+    note, edited = vcard_escape("\n".join(line for line in change.note if line not in told)), ""
     for line, each in lines:
         if each.name == "END":
             added += [f"NOTE:{note}"] if note else []
