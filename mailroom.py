@@ -603,10 +603,9 @@ class SenderPlan:
 
     def to_leave(self, refused: Collection[str]) -> tuple[Card, ...]:
         """The groups to leave, given the uids of the cards whose change was refused: none before
-        all others are joined; and a contact that was not made is no member of anything."""
-        if self.contact.uid in refused:
-            return () if self.contact.card else self.join
-        return () if any(group.uid in refused for group in self.join) else self.leave
+        all others are joined."""
+        before = [self.contact.uid, *(group.uid for group in self.join)]
+        return () if any(uid in refused for uid in before) else self.leave
 
     def to_destroy(self, refused: Collection[str]) -> tuple[CardChange, ...]:
         """The contact if it is to go, which it does once it has left all groups."""
@@ -1464,10 +1463,11 @@ class JMAPContacts:
         self._state = str(answers[0].get("state"))
         return [card for cards in found for card in expect(cards)]
 
-    def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
+    def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes; {uid: why it was refused}. It takes one ContactCard/set for as
         much as the limits allow, under `ifInState`: when anyone else has written since the cards
-        were read, nothing is done (RFC 8620 section 5.3). Raises ServerError."""
+        were read, nothing is done (RFC 8620 section 5.3). Who could not be made is taken out of the
+        groups again. Raises ServerError."""
         refused: dict[str, str] = {}
         entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
         for portion in self._client.portions(entries):
@@ -1482,7 +1482,13 @@ class JMAPContacts:
             for uid, (_, key, _) in portion.items():
                 if key in errors:
                     refused[uid] = error_text(errors[key])
-        return refused
+        not_made = {change.uid for change in changes if not change.card} & refused.keys()
+        out = [
+            CardChange(change.uid, change.card, remove=change.add & not_made)
+            for change in changes
+            if change.add & not_made
+        ]
+        return refused | (self.apply(out) if out else {})
 
     def _entry(self, change: CardChange) -> tuple[str, str, JSON]:
         if change.card and change.destroy:
@@ -1930,7 +1936,7 @@ class CardDAVContacts:
                 self._version_4 |= self._ask("REPORT", book, "1", *query).keys()
         return cards
 
-    def apply(self, changes: Iterable[CardChange]) -> dict[str, str]:
+    def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
         not be made joins no group. Raises ServerError."""
         refused: dict[str, str] = {}
