@@ -270,7 +270,7 @@ def survives(name: str, style: str, radicale: RadicaleServer, nth: int, kind: st
             assert run.program.pause >= 7, "it did not wait for so long"
         run.come_back()
         assert scenario.step(run.program) == "success"
-        assert world.state() == goal.state
+        world.check_state(goal.state)
         writes, asked = len(world.mail.writes), len(world.requests)
         assert scenario.step(run.program) == "success"
         assert len(world.mail.writes) == writes
@@ -293,9 +293,11 @@ def some(places: list[tuple[int, str]], name: str, style: str) -> list[tuple[int
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_fault_at_every_step(name: str, style: str, radicale: RadicaleServer, long: bool) -> None:
-    places = undisturbed(name, style, radicale).places
+    run = undisturbed(name, style, radicale)
+    # A real server takes its time: of a scenario of many requests a part is enough there.
+    every = 7 if len(run.requests) > 40 and style == "radicale" else 1
     wrong = []
-    for nth, kind in places if long else some(places, name, style):
+    for nth, kind in run.places[::every] if long else some(run.places, name, style):
         try:
             survives(name, style, radicale, nth, kind)
         except AssertionError as error:

@@ -67,7 +67,7 @@ class JMAPStore:
         )
 
     def add(self, address: str, name: str = "", note: str = "") -> str:
-        notes = {"notes": {"n1": {"note": note}}} if note else {}
+        notes: JSON = {"notes": {"n1": {"note": note}}} if note else {}
         return str(self.account.cards[self.account.add_contact(address, name, **notes)]["uid"])
 
     def add_group(self, name: str, members: Iterable[str] = ()) -> str:
@@ -393,6 +393,18 @@ class World:
         }
         names = sorted(box.name for box in self.account.mailboxes.values())
         return {"mails": mails, "cards": sorted(map(repr, cards)), "mailboxes": names}
+
+    def check_state(self, wanted: JSON) -> None:
+        """That all of the account is so; says what is otherwise."""
+        state = self.state()
+        for part, there in state.items():
+            differ = {"is": there, "should be": wanted[part]}
+            if isinstance(there, list):
+                differ = {
+                    "is": [each for each in there if each not in wanted[part]],
+                    "should be": [each for each in wanted[part] if each not in there],
+                }
+            assert there == wanted[part], f"{part}: {differ}"
 
     def end(self) -> Goal:
         return Goal(self.state(), self.groups(), self.boxes())
