@@ -15,7 +15,7 @@ import pytest
 from jmap_server import JSON, Fault, Request
 from radicale_server import RadicaleServer
 from tools import COUNTS
-from worlds import STYLES, Goal, Program, World, seeded
+from worlds import PHONE, STYLES, Goal, Program, World, seeded
 
 BOB, EVE = "bob@shop.example", "eve@evil.example"
 
@@ -84,6 +84,29 @@ def many_chunks(world: World) -> None:
         world.tap(f"s{n}@x.example", "@ToFeed", mails=4)
 
 
+def triage_taken_back(world: World) -> None:
+    """Of Bob, and of Eve, whose contact the user has edited."""
+    by_mailroom(world)
+    for sender in (BOB, EVE):
+        mail = next(id_ for id_, m in world.account.mails.items() if m.subject.startswith(sender))
+        world.account.label(mail, "@ToScreener")
+
+
+def reset(world: World) -> None:
+    by_mailroom(world)
+    world.tap("new@x.example", "@ToFeed")
+
+
+def by_mailroom(world: World) -> None:
+    """Two senders that a Mailroom has triaged; then the user edits the contact of one."""
+    world.destroys = True
+    world.account.add_mailbox("@ToScreener")
+    world.tap(f"Bob Smith <{BOB}>", "@ToFeed")
+    world.tap(f"Eve <{EVE}>", "@ToBillboard")
+    Program(world.settings).settle()
+    world.store.edit(world.contact(EVE).uid, phone=PHONE)
+
+
 class Scenario(NamedTuple):
     """`prepare` makes the account what it is before; `step` is what is done, and done again after
     the fault, until it returns `success`: a cycle, unless it is something else."""
@@ -104,6 +127,8 @@ SCENARIOS = {
         Scenario(elsewhere),
         Scenario(conflict),
         Scenario(conflict_resolved),
+        Scenario(triage_taken_back),
+        Scenario(reset, step=Program.reset),
         Scenario(many_senders),
         Scenario(many_chunks, SMALL),
     )
@@ -224,6 +249,7 @@ def made(scenario: Scenario, style: str, radicale: RadicaleServer) -> World:
     seeded()
     world = World(style, radicale, **scenario.options)
     scenario.prepare(world)
+    world.requests.clear()
     return world
 
 
@@ -274,7 +300,7 @@ def survives(name: str, style: str, radicale: RadicaleServer, nth: int, kind: st
         writes, asked = len(world.mail.writes), len(world.requests)
         assert scenario.step(run.program) == "success"
         assert len(world.mail.writes) == writes
-        assert all(request.method != "PUT" for _, request in world.requests[asked:])
+        assert all(request.method not in ("PUT", "DELETE") for _, request in world.requests[asked:])
     COUNTS["survived"] += 1
 
 

@@ -44,10 +44,10 @@ def new_triage(settings: mailroom.MailroomSettings) -> mailroom.Triage:
     return mailroom.Triage(settings, client, contacts, mailroom.SeenStates(), Counter())
 
 
-def check_wire(server: JMAPServer) -> None:
+def check_wire(server: JMAPServer, destroys: bool = False) -> None:
     """What was ever asked of the server kept to the rules: only mailboxes that are Mailroom's are
     left, each patch that leaves one names one that stays, and of cards only the parts that are
-    Mailroom's to change are changed; nothing is destroyed."""
+    Mailroom's to change are changed; nothing is destroyed, unless cards may be."""
     account = server.account
     foreign = {box.id for box in account.mailboxes.values() if box.name in FOREIGN}
     inbox = account.mailbox_id("Inbox")
@@ -64,7 +64,7 @@ def check_wire(server: JMAPServer) -> None:
             assert not taken & foreign, f"{patch} takes a mail out of the user's own mailbox"
             assert inbox not in taken
     for call in server.calls("ContactCard/set"):
-        assert not call.get("destroy")
+        assert destroys or not call.get("destroy")
         for patch in (call.get("update") or {}).values():
             assert patch, "an empty patch"
             assert all(CARD_PATHS.fullmatch(path) for path in patch), patch
@@ -172,9 +172,9 @@ class Scene:
         assert len(self.server.writes) == writes
 
 
-def check_account(server: JMAPServer, removed: Iterable[str] = ()) -> None:
+def check_account(server: JMAPServer, removed: Iterable[str] = (), destroys: bool = False) -> None:
     """No mail was lost, no contact doubled, nothing of the user's touched, and the test server is
-    well. `removed`: the mails that the user deleted."""
+    well. `removed`: the mails that the user deleted; `destroys`: cards may have been destroyed."""
     account = server.account
     lost = {id_ for id_, _, _, alive in account.histories["Email"].since(0) if not alive}
     assert lost <= set(removed), "mails were lost"
@@ -183,7 +183,7 @@ def check_account(server: JMAPServer, removed: Iterable[str] = ()) -> None:
         if mailroom.CREATED_NOTE in json.dumps(card.get("notes", {})):
             for email in card["emails"].values():
                 assert len(account.contacts_of(email["address"])) == 1, "a second contact"
-    check_wire(server)
+    check_wire(server, destroys)
     assert server.crashes == []
 
 

@@ -7,8 +7,10 @@ import os
 import random
 import re
 import uuid
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from email.utils import parseaddr
 from pathlib import Path
 from types import TracebackType
@@ -207,6 +209,11 @@ class Program:
         self.begin()
         return self.end()
 
+    def reset(self) -> str:
+        """The command `reset --apply --yes`, to its end."""
+        self.greenlet = gevent.spawn(mailroom.outcome, self._reset)
+        return self.end()
+
     def begin(self) -> None:
         self._service.shutdown.waited = 0.0  # type: ignore[attr-defined]
         self.greenlet = gevent.spawn(mailroom.outcome, self._cycle)
@@ -226,6 +233,12 @@ class Program:
         delay = self._service._cycle("startup")
         self.pause = delay + self._service.shutdown.waited  # type: ignore[attr-defined]
         self.result = "failure" if self._service.health.consecutive_failures else "success"
+
+    def _reset(self) -> None:
+        self.result, self.pause = "failure", float("inf")  # the user tries it again, at any time
+        with suppress(mailroom.ServerError):
+            if mailroom.reset(self.settings, Namespace(apply=True, yes=True)) == 0:
+                self.result = "success"
 
     def kill(self) -> None:
         """As SIGKILL would, from the servers' side: it is gone without a word."""
@@ -281,6 +294,7 @@ class World:
         self.goal: Goal | None = None
         self._start: Goal | None = None
         self.removed: set[str] = set()
+        self.destroys = False
         self.broken: list[str] = []
         for number, server in enumerate(self.servers):
             server.on_request = lambda _, request, number=number: self._met(number, request)
@@ -447,7 +461,7 @@ class World:
     ) -> Iterable[str]:
         for address, old in start.groups.items():
             now, new = groups.get(address, set()), goal.groups.get(address, set())
-            if not now >= old & new or (old and not now & (old | new)):
+            if not now >= old & new or (new and old and not now & (old | new)):
                 yield f"{address} was in {old}, is to be in {new} and is in {now}"
         done = {
             address
@@ -463,7 +477,7 @@ class World:
 
     def check(self) -> None:
         assert not self.broken, self.broken[:3]
-        check_account(self.mail, self.removed)
+        check_account(self.mail, self.removed, self.destroys)
         assert all(server.crashes == [] for server in self.servers)
 
 
