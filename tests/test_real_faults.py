@@ -68,7 +68,7 @@ def wait_until_done(world: World, *processes: "subprocess.Popen[bytes]") -> None
 
 def test_sigkill_at_any_request(radicale: RadicaleServer, tmp_path: Path, long: bool) -> None:
     goal, requests = goal_of(radicale)
-    for nth in range(2, requests + 1, 1 if long else 6):
+    for nth in range(2, requests + 1, 1 if long else 8):
         with made(radicale) as world, ExitStack() as stack:
             world.watch(goal)
             victim = stack.enter_context(process(world, tmp_path / "killed"))
