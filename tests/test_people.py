@@ -74,13 +74,16 @@ class User:
         assert self.world.groups()[EVE] == {"Feed", "Mailroom"}
 
     def makes_the_contact(self) -> Iterator[None]:
-        """If Mailroom was first, the user sees that there is one."""
-        was_there = EVE in self.world.groups()
-        if not was_there:
+        """If Mailroom was first, the user sees that there is one. Over CardDAV nothing can keep a
+        contact from being the second one that is made between Mailroom's look and its write: there
+        the user is not so quick."""
+        listings = [request for _, request in self.world.requests if request.method == "REPORT"]
+        is_late = EVE in self.world.groups() or len(listings) > 1
+        if not is_late:
             self.store.add(EVE, "Evelyn")
         yield
         yield
-        assert self.world.contact(EVE).name == ("Eve" if was_there else "Evelyn")
+        assert self.world.contact(EVE).name == ("Eve" if is_late else "Evelyn")
         assert "Feed" in self.world.groups()[EVE]
 
     def deletes_a_contact(self) -> Iterator[None]:
