@@ -1799,7 +1799,7 @@ DAV, CARD = "{DAV:}", "{urn:ietf:params:xml:ns:carddav}"
 DAV_TYPE = "application/xml; charset=utf-8"
 LISTED = ("UID", "FN", "N", "ORG", "EMAIL", "NOTE", "KIND", "MEMBER", APPLE_KIND, APPLE_MEMBER)
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
-# A PUT that is answered otherwise, by a page with status 200 say, may have written nothing.
+# What a PUT that has written is answered with. A 200 may be: but so are pages of a proxy.
 WRITTEN = (201, 204)
 EDIT_ATTEMPTS = 4
 CARDDAV_REMEDY = (
@@ -1987,7 +1987,8 @@ class CardDAVContacts:
         return "" if status in WRITTEN else f"HTTP {status}"
 
     def _edit(self, card: Card, change: CardChange) -> str:
-        """Change a card as it is now, again while others change it too; why it failed."""
+        """Change a card as it is now, again while others change it too; why it failed. After a 200,
+        which may be anyone's page, the card is read again: the change has to be in it then."""
         for _ in range(EDIT_ATTEMPTS):
             text, etag = self._get(card)
             if not etag:
@@ -1996,7 +1997,7 @@ class CardDAVContacts:
             if edited == text:
                 return ""
             status = self._put(card.ref, edited, {"If-Match": etag})
-            if status != 412:
+            if status not in (200, 412):
                 return "" if status in WRITTEN else f"HTTP {status}"
         return "someone else keeps changing it"
 
