@@ -1480,6 +1480,7 @@ class Request:
     body: bytes = field(repr=False)
     time: float = field(default_factory=time.monotonic)
     status: int | None = None  # what was answered, if anything (yet)
+    answered: int = 0  # bytes of the answer's body, where its length is known
 
     def __post_init__(self) -> None:
         url = urllib.parse.urlsplit(self.target)
@@ -1768,6 +1769,8 @@ class JMAPServer:
         self.crashes: list[Exception] = []
         """Errors of this server itself; a test that ends with any has found one here."""
         self.streams = Streams()
+        self.connections = 0
+        """How many there ever were; over TLS each is a handshake."""
         self.port = 0
         self._count = self._busy = 0
         self._ssl_context = ssl_context
@@ -1905,6 +1908,7 @@ class JMAPServer:
     # Requests
 
     def _serve(self, sock: socket.socket, _address: object) -> None:
+        self.connections += 1
         with suppress(OSError):
             if self._ssl_context:
                 sock = self._ssl_context.wrap_socket(sock, server_side=True)
@@ -1938,6 +1942,7 @@ class JMAPServer:
             reply = Reply(fault.status or 200, fault.body or b"")
         reply.headers |= fault.headers
         request.status = reply.status
+        request.answered = len(reply.body) if isinstance(reply.body, bytes) else 0
         connection.send(reply, fault)
         return reply.is_whole and fault.truncate is None and request.keeps_alive
 

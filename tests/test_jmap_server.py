@@ -1121,13 +1121,16 @@ def test_the_server_goes_away_and_comes_back(server: JMAPServer, client: Client)
 
 
 def test_requests_are_recorded(server: JMAPServer, client: Client) -> None:
-    client.call("Email/get", ids=[])
+    reply = client.post(
+        {"using": USING, "methodCalls": [["Email/get", {"accountId": "u1", "ids": []}, "0"]]}
+    )
     (request,) = server.requests
     assert request.headers["authorization"] == "Bearer secret-token"
     assert (request.method, request.kind, request.status) == ("POST", "api", 200)
     assert request.calls == [("Email/get", {"accountId": "u1", "ids": []})]
     assert server.calls("Email/get") == [{"accountId": "u1", "ids": []}]
     assert (server.count("api"), server.count("Email/get"), server.count("session")) == (1, 1, 0)
+    assert request.answered == len(reply.content)
     server.options.history = 2
     for number in range(3):
         client.get(f"/{number}")
@@ -1155,6 +1158,7 @@ def test_it_speaks_tls(tmp_path: Path) -> None:
         server.account.add_mailbox("Inbox")
         assert "event: state" in events.next()
         server.streams.drop()
+        assert server.connections == 2  # the one refused, and the one kept alive
 
 
 def test_a_large_account_is_quick(server: JMAPServer, client: Client) -> None:
