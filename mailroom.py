@@ -470,7 +470,7 @@ UIDS_IN_LINE = 9
 MailPatch = dict[str, bool | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mail:
     """What triage has to know of a mail. `sender`: the first From address in lower case, empty
     where there is none; `mailboxes`: ids; `received`: a UTCDate (RFC 8620 section 1.4)."""
@@ -488,7 +488,7 @@ class Mail:
         return replace(self, mailboxes=(self.mailboxes | added) - (changed.keys() - added))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Card:
     """A contact, or a group of contacts, wherever it is kept. `ref` is the store's own handle,
     `notes` its texts by the store's own keys, `members` the uids of a group's contacts."""
@@ -1351,22 +1351,24 @@ class JMAPClient:
         its error. All of it goes into one request, and one more for each further page."""
         pages = [self._page(query, "") for query in queries]
         replies = self.send([[call] for call in first] + pages)
-        answers = [expect(reply[0]) for reply in replies[: len(first)]]
-        return answers, list(map(self._all_pages, queries, replies[len(first) :]))
+        answers = [expect(replies.pop(0)[0]) for _ in first]
+        return answers, [self._all_pages(query, [replies.pop(0)]) for query in queries]
 
-    def _all_pages(self, query: Query, reply: Sequence[Answer]) -> Found:
+    def _all_pages(self, query: Query, replies: list[list[Answer]]) -> Found:
+        """The values of this page and all further ones. A page that is read is let go: thousands of
+        objects as they came take more memory than all else."""
         values: list[Any] = []
         last = ""
         try:
             while True:
-                page, next_anchor = read_page(query, reply)
+                page, next_anchor = read_page(query, replies.pop())
                 values += page
                 if not next_anchor:
                     return values
                 if next_anchor == last:
                     raise ServerError(f"{query.type}/query: the server has no end of pages")
                 last = next_anchor
-                [reply] = self.send([self._page(query, last)])
+                replies = self.send([self._page(query, last)])
         except MethodError as error:
             return error
 
