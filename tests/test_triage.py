@@ -963,6 +963,32 @@ def test_all_that_is_missing_is_named_at_once() -> None:
             assert any(repr(name) in line for line in said), name
 
 
+def finds_nothing(reply: JSON) -> JSON:
+    """The reply to a search for names that finds no mailbox."""
+    for name, answer, _ in reply["methodResponses"]:
+        answer["list" if name == "Mailbox/get" else "ids"] = []
+    return reply
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{}, {"errors": {"Mailbox/query": {"type": "unsupportedFilter"}}}, {"edit": finds_nothing}],
+    ids=["trusted", "refused", "empty"],
+)
+def test_mailboxes_are_searched_by_name_where_that_finds_them(fault: JSON) -> None:
+    with Scene(connect=False) as scene:
+        for n in range(50):
+            scene.account.add_mailbox(f"Folder {n}")
+        scene.server.faults.append(Fault("Mailbox/query", nth=2, **fault))
+        [mail] = scene.new_sender(FROM_BOB)
+        scene.tap(mail, "@ToFeed")
+        assert scene.cycle() == {}
+        assert scene.account.mailboxes_of(mail) == {"Feed"}
+        listed = {str(args["filter"]) for args in scene.server.calls("Mailbox/query")[2:]}
+        assert len(listed) == 1
+        assert ("None" in listed) == bool(fault)
+
+
 def test_the_warning_label_is_not_missed_where_warnings_are_off() -> None:
     with Scene(connect=False, warnings_enabled=False) as scene:
         scene.account.remove_mailbox("@MailroomWarning")
