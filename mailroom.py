@@ -1814,16 +1814,27 @@ VERSION_4_QUERY = (
     '<C:text-match collation="i;unicode-casemap" match-type="equals">4.0</C:text-match>',
     "</C:prop-filter></C:filter>",
 )
-ALL_CARDS_QUERY = (
+CARD_PROPERTIES = (
     "<D:prop><D:creationdate/><C:address-data>",
     *(f'<C:prop name="{name}"/>' for name in LISTED),
-    "</C:address-data></D:prop><C:filter/>",
+    "</C:address-data></D:prop>",
 )
 DISCOVERED = (
     "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/>"
-    "<C:addressbook-home-set/><C:supported-address-data/></D:prop>"
+    "<C:addressbook-home-set/><C:supported-address-data/><D:sync-token/></D:prop>"
 )
 DAVProperties = dict[str, dict[str, ElementTree.Element]]
+
+
+@dataclass(frozen=True)
+class AddressBook:
+    """What is known of an address book while the program runs: its cards by URL, once they were
+    read; which of them are of version 4.0; and the token of that state, if the server has any."""
+
+    has_version_4: bool
+    token: str
+    cards: Mapping[str, Card] = field(default_factory=dict)
+    version_4: Collection[str] = ()
 
 
 def dav_body(root: str, *elements: str) -> bytes:
@@ -1833,14 +1844,19 @@ def dav_body(root: str, *elements: str) -> bytes:
 
 
 def dav_properties(url: str, body: bytes) -> DAVProperties:
-    """{URL: {property: element}} of a multistatus (RFC 4918 section 13): those with status 200.
+    """{URL: {property: element}} of a multistatus (RFC 4918 section 13): those with status 200, and
+    the status of what is gone; the sync token counts as the collection's (RFC 6578 section 3.2).
     Raises ValueError for a listing that was cut short (RFC 6352 section 8.6.2)."""
-    found: DAVProperties = {}
     # The expat that Python brings refuses entities that grow without bound.
-    for response in ElementTree.fromstring(body).iter(f"{DAV}response"):  # noqa: S314
+    root = ElementTree.fromstring(body)  # noqa: S314
+    token = root.findall(f"{DAV}sync-token")
+    found: DAVProperties = {url: {f"{DAV}sync-token": token[0]}} if token else {}
+    for response in root.iter(f"{DAV}response"):
         if " 507" in response.findtext(f"{DAV}status", ""):
             raise ValueError("the listing is cut short")
         properties = found.setdefault(href_in(url, response), {})
+        if " 404" in response.findtext(f"{DAV}status", ""):
+            properties |= {each.tag: each for each in response.findall(f"{DAV}status")}
         for propstat in response.iter(f"{DAV}propstat"):
             if " 200 " in propstat.findtext(f"{DAV}status", "") + " ":
                 properties |= {each.tag: each for each in propstat.findall(f"{DAV}prop/*")}
@@ -1859,8 +1875,7 @@ class CardDAVContacts:
     def __init__(self, url: str, auth: AuthBase, stopping: Callable[[], bool]) -> None:
         self._http = HTTPClient(auth, stopping, CARDDAV_REMEDY)
         self._url = url
-        self._books: dict[str, bool] = {}
-        self._version_4: set[str] = set()
+        self._books: dict[str, AddressBook] = {}
         self._etags: dict[str, str] = {}
 
     def prepare(self) -> None:
@@ -1876,7 +1891,7 @@ class CardDAVContacts:
                 home = self._follow(self._propfind(principal, "0"), f"{CARD}addressbook-home-set")
             found = self._propfind(home, "1")
         self._books = {
-            url: has_version_4(each)
+            url: AddressBook(has_version_4(each), sync_token(each))
             for url, each in sorted(
                 found.items(), key=lambda item: "/default" not in item[0].lower()
             )
@@ -1925,18 +1940,36 @@ class CardDAVContacts:
     def cards(
         self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
     ) -> list[Card]:
-        """All cards, in one request for each address book. Servers differ in what their filters
-        miss (Cyrus 3.6: addresses in property groups), and a contact missed would be doubled."""
-        cards: list[Card] = []
-        self._version_4 = set()
-        for book, has_version_4 in self._books.items():
-            listed = self._ask("REPORT", book, "1", "C:addressbook-query", *ALL_CARDS_QUERY)
-            with understood(book):
-                cards += filter(None, (dav_card(url, each) for url, each in listed.items()))
-            if has_version_4:
-                query = ("C:addressbook-query", *VERSION_4_QUERY)
-                self._version_4 |= self._ask("REPORT", book, "1", *query).keys()
-        return cards
+        """All cards. Servers differ in what their filters miss (Cyrus 3.6: addresses in property
+        groups), and a contact missed would be doubled: so all are read once, and from then on what
+        has changed. Where that fails (the token is too old, say) all are read again."""
+        try:
+            self._update()
+        except (ServerError, ConfigurationError) as error:
+            if getattr(error, "retry_after", 0):
+                raise
+            self.prepare()
+            self._update()
+        return [card for book in self._books.values() for card in book.cards.values()]
+
+    def _update(self) -> None:
+        self._books = {url: self._updated(url, book) for url, book in self._books.items()}
+
+    def _updated(self, url: str, book: AddressBook) -> AddressBook:
+        """The address book as it is now: with what has changed (RFC 6578), or read as a whole where
+        it was not yet or the server cannot tell."""
+        known = book.cards if book.token else {}
+        since = (book.token, "<D:sync-level>1</D:sync-level>")
+        changes = ("0", "D:sync-collection", *since, *CARD_PROPERTIES)
+        everything = ("1", "C:addressbook-query", *CARD_PROPERTIES, "<C:filter/>")
+        listed = self._ask("REPORT", url, *(changes if known else everything))
+        with understood(url):
+            read = {href: dav_card(href, each) for href, each in listed.items()}
+        if book.has_version_4 and read.keys() - {url}:
+            query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
+            book = replace(book, version_4=frozenset(self._ask("REPORT", url, *query)))
+        cards = {href: card for href, card in {**known, **read}.items() if card}
+        return replace(book, token=sync_token(listed.get(url, {})) or book.token, cards=cards)
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
@@ -2007,7 +2040,8 @@ class CardDAVContacts:
         """(the vCard, its ETag), or (why there is none, nothing). A server may show a card of
         version 4.0 as 3.0, but what it is sent it keeps: such a card is asked for as it is. Raises
         ValueError for one that is no text."""
-        version = "; version=4.0" if card.ref in self._version_4 else ""
+        is_version_4 = any(card.ref in book.version_4 for book in self._books.values())
+        version = "; version=4.0" if is_version_4 else ""
         headers = {"Accept": f"text/vcard{version}", "Accept-Encoding": "identity"}
         reply = self._http.request("GET", card.ref, headers, accept=CARD_ANSWERS)
         etag = reply.headers.get("ETag", "")
@@ -2038,8 +2072,17 @@ def has_version_4(properties: Mapping[str, ElementTree.Element]) -> bool:
     return types is not None and any(each.get("version") == "4.0" for each in types.iter())
 
 
+def sync_token(properties: Mapping[str, ElementTree.Element]) -> str:
+    """The token of a collection's state (RFC 6578 section 4), as XML; empty without one."""
+    token = properties.get(f"{DAV}sync-token")
+    return "" if token is None or not token.text else ElementTree.tostring(token, "unicode")
+
+
 def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | None:
-    """A Card from what a REPORT says of it. Raises LookupError when it says nothing."""
+    """A Card from what a REPORT says of it, None of one that is gone or of the collection itself.
+    Raises LookupError when nothing is said."""
+    if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
+        return None
     created = properties.get(f"{DAV}creationdate")
     data = properties[f"{CARD}address-data"].text or ""
     return vcard_card(url, data, (created.text if created is not None else "") or "")

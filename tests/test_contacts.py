@@ -1,6 +1,7 @@
 """Contacts on real servers: what Mailroom makes, finds and changes in an address book, and that it
 leaves the rest alone. One set of tests for each store: JMAP, CardDAV on Radicale and on Cyrus."""
 
+import dataclasses
 import re
 import urllib.parse
 import uuid
@@ -806,6 +807,71 @@ def test_a_listing_that_is_not_whole_is_no_listing(listing: str) -> None:
     store.prepare()
     with pytest.raises(mailroom.ServerError, match="cannot be understood"):
         store.cards([], [], [])
+
+
+# ------------------------------------------------------- what is known of an address book (CardDAV)
+
+
+def by_uid(cards: Iterable[Card]) -> dict[str, Card]:
+    found = {card.uid: card for card in cards}
+    assert len(found) == len([*cards])
+    return found
+
+
+def test_all_cards_are_read_once_and_then_what_others_have_changed(
+    dav: DAVBook, wire: Wire
+) -> None:
+    bob = dav.add(BOB)
+    assert len(dav.read()) == 1
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: dav.add(EVE, name="Eve"),
+        lambda: dav.add_group("Feed", bob),
+        lambda: dav.put("bob.vcf", "UID:bob", "FN:B", "N:;B;;;", f"item1.EMAIL:{BOB}"),
+        lambda: dav.put("bob.vcf", "UID:bob", "FN:B", "N:;B;;;", f"item1.EMAIL:{EVE}"),
+        lambda: dav.remove(bob),
+        lambda: dav.put(f"{uuid.UUID(bob)}.vcf", f"UID:{uuid.UUID(bob)}", "FN:C", "N:;C;;;"),
+    ]
+    for change in changes:
+        del wire.sent[:]
+        change()
+        there = dav.read()
+        changed, *others = [str(request.body) for request in wire.sent]
+        assert "sync-collection" in changed
+        assert all("VERSION" in other for other in others)
+        assert by_uid(there) == by_uid(dav.twin().cards([], [], []))
+
+
+@pytest.mark.parametrize("token", ["<D:sync-token>data:,1-1</D:sync-token>", "<D:sync-token/>", ""])
+def test_all_cards_are_read_again_when_the_server_cannot_tell_the_changes(
+    dav: DAVBook, token: str
+) -> None:
+    uids, contacts = {dav.add(BOB)}, dav.contacts
+    assert by_uid(dav.read()).keys() == uids
+    for url, known in contacts._books.items():
+        contacts._books[url] = dataclasses.replace(known, token=token)
+    uids.add(dav.add(EVE, name="Eve"))
+    assert by_uid(dav.read()).keys() == uids
+
+
+@responses.activate
+def test_a_change_without_its_card_is_not_taken_for_a_deletion() -> None:
+    """Some servers tell of changes but not what they are: they are asked for all cards."""
+    url, vcard = "https://dav.example/book/", "BEGIN:VCARD\nUID:bob\nEND:VCARD\n"
+    token = "<D:sync-token>1</D:sync-token>"
+    card = FOUND.format(f"<C:address-data>{vcard}</C:address-data>")
+    listing = MULTISTATUS.format(card).replace("/book/", "/book/bob.vcf")
+    changed = MULTISTATUS.format(FOUND.format("").replace("200 OK", "404 Not Found"))
+    changed = changed.replace("/book/", "/book/bob.vcf").replace("</D:multi", f"{token}</D:multi")
+    collection = ADDRESS_BOOK.replace("</D:prop>", f"{token}</D:prop>")
+    responses.add("PROPFIND", url, MULTISTATUS.format(collection), status=207)
+    for body in (listing, changed, listing):
+        responses.add("REPORT", url, body, status=207)
+    store = CardDAVContacts(url, credentials("p", "u"), bool)
+    store.prepare()
+    assert [[card.uid for card in store.cards([], [], [])] for _ in "12"] == [["urn:uuid:bob"]] * 2
+    sent = [str(call.request.body) for call in responses.calls if call.request.method == "REPORT"]
+    assert [("sync-collection" in body) for body in sent] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["D:current-user-principal", "C:addressbook-home-set"])
