@@ -1,5 +1,5 @@
 """How Mailroom is checked and shown: `nox -s lint`, `tests`, `cyrus`, `container`, `demo`,
-`lock`."""
+`bench`, `lock`."""
 
 import nox
 
@@ -53,6 +53,13 @@ def demo(session: nox.Session) -> None:
     """The main job on a built-in account; `nox -s demo -- --serve` leaves the account running."""
     install(session)
     session.run("python", "tests/demo.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """How fast and how small it is; `nox -s bench -- --quick`, `-- --json FILE`."""
+    install(session, "radicale")
+    session.run("python", "tests/bench.py", *session.posargs, env={"PYTHONPATH": "."})
 
 
 @nox.session

@@ -1481,6 +1481,7 @@ class Request:
     time: float = field(default_factory=time.monotonic)
     status: int | None = None  # what was answered, if anything (yet)
     answered: int = 0  # bytes of the answer's body, where its length is known
+    worked: float = 0  # seconds that the server itself took
 
     def __post_init__(self) -> None:
         url = urllib.parse.urlsplit(self.target)
@@ -1927,8 +1928,10 @@ class JMAPServer:
         fault = self._note_request(request)
         if self.options.latency:
             gevent.sleep(self.options.latency)
+        started = time.monotonic()
         works = fault.work or not fault.replaces_work
         reply = self._work(request, fault) if works else Reply(200)
+        request.worked = time.monotonic() - started
         if fault.after:
             fault.after()
         gevent.sleep(fault.delay)

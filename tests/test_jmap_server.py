@@ -1131,6 +1131,7 @@ def test_requests_are_recorded(server: JMAPServer, client: Client) -> None:
     assert server.calls("Email/get") == [{"accountId": "u1", "ids": []}]
     assert (server.count("api"), server.count("Email/get"), server.count("session")) == (1, 1, 0)
     assert request.answered == len(reply.content)
+    assert 0 < request.worked < 5
     server.options.history = 2
     for number in range(3):
         client.get(f"/{number}")
