@@ -58,12 +58,12 @@ class Scale(NamedTuple):
 
     polls: int = 60
     taps: int = 200
-    taps_per_delay: int = 10
-    starts: int = 7
+    taps_per_delay: int = 6
+    starts: int = 5
     events: int = 10_000
     mails: int = 100_000
     contacts: int = 10_000
-    cards: int = 2_000
+    cards: int = 1_000
     mails_of_sender: int = 10_000
     steps: int = 4
     """How many sizes of an account are looked at: the largest, and each a quarter of the next."""
@@ -293,7 +293,7 @@ def start(scale: Scale) -> Figures:
     middle = statistics.median(seconds)
     imports = statistics.median(import_seconds() for _ in range(scale.starts))
     yield Figure("time", "start", "from exec to the first request", middle, 0.8, "s")
-    yield Figure("time", "start", "imports, as a part of that", imports, 0.4, "s")
+    yield Figure("time", "start", "imports, as a part of that", imports, 0.5, "s")
 
 
 def work_per_sender() -> Figures:
