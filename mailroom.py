@@ -2889,11 +2889,12 @@ class Triage:
         that is no longer there has nothing left to be done. Each request looks at the labels again
         when it has written: what came in between must not be taken for old news."""
         refused: dict[str, str] = {}
+        look = self._labelled()._replace(properties=("id", "mailboxIds"))
         changes = {id_: patch for id_, patch in patches.items() if patch}
         for portion in self._client.portions(changes):
             write: Call = ("Email/set", {"update": portion})
             (done, mailbox, email), [mailboxes, found] = self._client.fetch(
-                [self._mailboxes, self._labelled()], [write, MAILBOX_STATE, EMAIL_STATE]
+                [self._mailboxes, look], [write, MAILBOX_STATE, EMAIL_STATE]
             )
             now = ids_by_name(expect(mailboxes)), self._labels(expect(found))
             errors = set_errors(done)
