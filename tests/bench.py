@@ -59,23 +59,25 @@ class Scale(NamedTuple):
     polls: int = 60
     taps: int = 200
     taps_per_delay: int = 6
+    taps_by_poll: int = 2
     starts: int = 5
     events: int = 10_000
     mails: int = 100_000
     contacts: int = 10_000
     cards: int = 1_000
     mails_of_sender: int = 10_000
-    steps: int = 4
-    """How many sizes of an account are looked at: the largest, and each a quarter of the next."""
+    steps: tuple[int, ...] = (64, 16, 4, 1)
+    """Which parts of the largest size of an account are looked at."""
 
     def sizes(self, largest: int) -> list[int]:
-        return [largest // 4**step for step in reversed(range(self.steps))]
+        return [largest // step for step in self.steps]
 
 
 FULL = Scale()
 QUICK = Scale(
-    polls=10, taps=30, taps_per_delay=3, starts=3, mails=20_000, contacts=2_000, cards=200, steps=2
-)
+    polls=5, taps=15, taps_per_delay=2, taps_by_poll=1, starts=3,
+    mails=20_000, contacts=2_000, cards=128, steps=(64, 1),
+)  # fmt: skip
 
 Figures = Iterator[Figure]
 Filler = Callable[[JMAPServer, int], None]
@@ -227,12 +229,12 @@ def taps_over_push(scale: Scale, debounce: float) -> Figures:
 def taps_without_push(scale: Scale) -> Figures:
     """The same, beyond the poll interval of 1 second: each tap comes right after a poll."""
     with JMAPServer.with_mailroom_account(Options.fastmail(push=None)) as server:
-        mails = deliver_for(server, scale.taps_per_delay * len(DELAYS))
+        mails = deliver_for(server, scale.taps_by_poll * len(DELAYS))
         with program(server, poll_interval=1):
             for delay in DELAYS:
                 server.options.latency = delay
                 seconds = []
-                for _ in range(scale.taps_per_delay // 3):
+                for _ in range(scale.taps_by_poll):
                     server.wait_for(lambda: server.requests[-1].status, PATIENCE)
                     seconds.append(tap(server, [next(mails)]) - 1)
                 yield from tap_figures("tap to filed, push down", delay, seconds)
@@ -343,12 +345,10 @@ def beside(add: Filler) -> Callable[[JMAPServer, int], list[str]]:
 
 
 CONSTANT, LINEAR = (0.02, 0.02, 0.2, 0.1), (1.0, 1.05, 1.2, 0.2)
-# Each 50 senders cost two looks at all that is labelled.
-BATCHES = (1.0, 1.25, 1.2, 0.2)
 # Whom a group has is read with it, since JMAP gives a property whole or not at all.
 MEMBERS = (0.02, 1.0, 0.5, 0.1)
 DIMENSIONS = (
-    Dimension("new senders", 512, some_senders, BATCHES),
+    Dimension("new senders", 512, some_senders, LINEAR),
     Dimension("mails of the sender", 10_000, mails_of_one, LINEAR),
     Dimension("contacts", 10_000, beside(add_contacts), CONSTANT),
     Dimension("members of two groups", 10_000, beside(add_triaged), MEMBERS),

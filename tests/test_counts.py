@@ -24,7 +24,7 @@ from tools import SERVERS, running
 
 import mailroom
 
-SMALL = FULL._replace(mails_of_sender=4_500, cards=64, steps=2)
+SMALL = FULL._replace(mails_of_sender=4_500, cards=64, steps=(4, 1))
 
 
 def held(figures: list[Figure]) -> None:
