@@ -2281,13 +2281,15 @@ class EventStream:
         return response
 
     def _chunks(self, response: requests.Response) -> Iterator[bytes]:
-        """The bytes as they arrive: `read1` does not wait for a buffer to fill."""
+        """The bytes as they arrive: `read1` does not wait for a buffer to fill. A read that need
+        not wait gives way to no one, so a flood would stop everything else."""
         while True:
             with gevent.Timeout(self._quiet_limit, Quiet(f"{self._quiet_limit:g} seconds")):
-                chunk = response.raw.read1(2**16)
+                chunk = response.raw.read1(2**13)
             if not chunk:
                 return
             yield chunk
+            gevent.sleep(0)
 
     def _take(self, event: Any) -> None:
         if event.event in ("state", "ping"):

@@ -2,12 +2,24 @@
 
 import mailroom  # noqa: F401, I001  (the import is the monkey patch)
 
+import hypothesis
 import pytest
 from tools import COUNTS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="all faults and many more examples")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="all faults and many more random examples, in place of a selection",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A busy machine makes any example slow at times, so there is no deadline."""
+    hypothesis.settings.register_profile("short", deadline=None)
+    hypothesis.settings.register_profile("long", deadline=None, max_examples=5000)
+    hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +30,4 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if COUNTS:
-        terminalreporter.write_line(", ".join(f"{name}: {count}" for name, count in COUNTS.items()))
+        terminalreporter.write_line("; ".join(f"{name} {n}" for name, n in COUNTS.items()))

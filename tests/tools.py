@@ -327,6 +327,12 @@ def process(
         started.wait()
 
 
+def memory(program: "subprocess.Popen[bytes]") -> int:
+    """The memory that a program holds, in bytes."""
+    pages = Path(f"/proc/{program.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def free_port() -> int:
     """A port on loopback that no one listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
