@@ -3097,6 +3097,8 @@ class Health:
 FAULT = "a fault in the program"
 SHUTDOWN_SECONDS = 3.0
 CONNECT_GRACE = 1.0
+# So many signals may wait for a cycle; then the stream is left unread.
+MAX_SIGNALS = 10_000
 
 
 def drain_queue(queue_: Any) -> int:
@@ -3125,7 +3127,7 @@ class Service:
         self.shutdown = gevent.event.Event()
         self.health = Health(settings)
         self._settings = settings
-        self._queue: gevent.queue.Queue[str] = gevent.queue.Queue()
+        self._queue: gevent.queue.Queue[str] = gevent.queue.Queue(MAX_SIGNALS)
         self._seen = SeenStates()
         self._over: gevent.event.AsyncResult[BaseException | None] = gevent.event.AsyncResult()
         self._greenlets: list[gevent.Greenlet[..., Any]] = []
@@ -3147,6 +3149,7 @@ class Service:
             waited: list[Any] = [self.shutdown, self._over]
             gevent.wait(waited, count=1)
             if self.shutdown.is_set():
+                drain_queue(self._queue)  # A full one would not take what wakes the cycles.
                 self._queue.put("shutdown")
                 cycles.join(SHUTDOWN_SECONDS)
                 LOG.info("stopped")

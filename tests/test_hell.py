@@ -443,6 +443,20 @@ def test_a_flood_neither_fills_the_memory_nor_stops_the_rest(
     SURVIVED["MiB of a flooding stream"] += flood.sent >> 20
 
 
+@pytest.mark.usefixtures("scaled")
+def test_signals_that_no_cycle_takes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is then left unread, and a full queue is no obstacle to the end."""
+    monkeypatch.setattr(mailroom, "MAX_SIGNALS", 5)
+    with Peer(Flood(HEAD, STATE)) as peer, listening_to(peer) as server:
+        with running(server, debounce_seconds=60, log_level="info") as run:
+            server.wait_for(lambda: run.health["eventsource"]["last_event_at"])
+            heard = ""
+            with gevent.Timeout(10, AssertionError("it takes all that comes")):
+                while heard != (heard := run.health["eventsource"]["last_event_at"]):
+                    gevent.sleep(0.3)
+        check_account(server)
+
+
 def test_a_program_that_was_suspended_goes_on(tmp_path: Path) -> None:
     """As on a laptop that sleeps: the stream breaks meanwhile, and the clock jumps."""
     with JMAPServer.with_mailroom_account() as server:
