@@ -49,7 +49,7 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from itertools import combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, quote_plus, urljoin, urlsplit
 from xml.etree import ElementTree
 
 import gevent
@@ -364,13 +364,23 @@ class MailroomSettings:
         return f"MailroomSettings({', '.join(shown)})"
 
     def redact(self, text: str) -> str:
-        """The text with every secret in it blotted out, as HTTP Basic and JSON write it too."""
+        """The text with every secret in it blotted out, in whatever form."""
+        forms: set[str] = set()
         for secret in filter(None, (self.jmap_token, self.carddav_password)):
-            users = {self.jmap_username, self.carddav_username}
-            forms = [b64encode(f"{user}:{secret}".encode()).decode() for user in users]
-            for form in (*forms, json.dumps(secret)[1:-1], secret):
-                text = text.replace(form, "[secret]")
+            forms |= written_forms(secret, {self.jmap_username, self.carddav_username})
+        # The longest first, or one that another begins with would leave the rest of it.
+        for form in sorted(forms, key=len, reverse=True):
+            text = text.replace(form, "[secret]")
         return text
+
+
+def written_forms(secret: str, users: Iterable[str]) -> set[str]:
+    """A secret as it may come in a text: plain, in a header, as JSON, Python and URLs write it, and
+    as the password of HTTP Basic."""
+    plain = {secret, secret.encode().decode("latin-1")}
+    quoted = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    quoted |= {repr(secret)[1:-1], quote(secret), quote(secret, ""), quote_plus(secret)}
+    return plain | quoted | {b64encode(f"{user}:{secret}".encode()).decode() for user in users}
 
 
 SETTINGS = {n: row for n, row in vars(MailroomSettings).items() if isinstance(row, Setting)}
@@ -436,6 +446,7 @@ class LogFormatter(logging.Formatter):
         values = {key: self._shown(value) for key, value in values.items()}
         level = record.levelname.lower()
         trace = self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
+        trace = "\n".join(CONTROLS.sub(" ", line) for line in trace.split("\n"))
         if self._as_json:
             traceback = {"traceback": trace} if trace else {}
             return json.dumps({"time": now_iso(), "level": level, **values, **traceback})
@@ -3055,12 +3066,13 @@ class Health:
         now = time.monotonic()
         fresh = now - (self.last_success or self._started) < self._max_age
         age = None if self.last_success is None else round(now - self.last_success, 3)
+        error = self.stream.last_error
         body = {
             "status": "ok" if fresh else "failing",
             "last_poll_age_seconds": age,
             "last_poll_trigger": self.last_trigger,
             "consecutive_failures": self.consecutive_failures,
-            "eventsource": asdict(self.stream),
+            "eventsource": asdict(self.stream) | {"last_error": error and self._redact(error)},
         }
         status = "200 OK" if fresh else "503 Service Unavailable"
         return status, "application/json", json.dumps(body)
@@ -3087,7 +3099,7 @@ class Health:
         missing = ("404 Not Found", "text/plain", "not found\n")
         status, media_type, body = page() if page else missing
         start_response(status, [("Content-Type", media_type)])
-        return [self._redact(body).encode()]
+        return [body.encode()]
 
 
 # ------------------------------------------------------------------------------------------------

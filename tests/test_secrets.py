@@ -1,0 +1,273 @@
+"""Secrets and strangers: who is sent the credentials, that nothing which Mailroom ever writes has
+them in it, what the health port does for whoever comes, and that no sender writes the log."""
+
+import json
+import logging
+import os
+import re
+import socket
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import gevent
+import pytest
+import requests
+from jmap_server import FOREVER, JSON, Fault, JMAPServer, Options
+from test_contacts import ADDRESS_BOOK, FOUND, MULTISTATUS
+from test_hell import Peer, at_once, refusal, stopped, tap, until_gone, wait_filed
+from test_push import open_files
+from test_vcards import HOSTILE
+from tools import Running, check_account, free_port, process, running
+
+import mailroom
+from mailroom import CardDAVContacts, JMAPClient, MailroomError, MailroomSettings, credentials
+
+TOKEN, PASSWORD = """fmu1-se"cr'\\et/+&=9""", """p\\a'ss" wörd%+/&<:@"""
+USER, DAV_USER = "alice@home.example", "älice"
+
+
+@pytest.fixture(autouse=True)
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are hundredths; and the signals of the test run stay its own."""
+    monkeypatch.setattr(gevent, "signal_handler", lambda *_: None)
+    for name in ("CONNECT_GRACE", "FIRST_DELAY", "MAX_DELAY"):
+        monkeypatch.setattr(mailroom, name, 0.02)
+
+
+# ------------------------------------------------------------------------ nothing has them in it
+
+
+def forms_of(secret: str, *users: str) -> set[str]:
+    """The ways in which programs write a secret."""
+    plain = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], secret}
+    plain |= {repr(secret)[1:-1], secret.encode().decode("latin-1")}
+    plain |= {quote(secret), quote(secret, ""), quote_plus(secret)}
+    basic = {b64encode(f"{user}:{secret}".encode()).decode() for user in users}
+    return plain | basic
+
+
+FORMS = forms_of(TOKEN, USER, "") | forms_of(PASSWORD, DAV_USER)
+
+
+def leaks(*texts: str) -> list[str]:
+    """The secrets in these texts, in whatever form; those of JSON are looked at as text too."""
+    return [f"{form} in {text[-300:]}" for text in texts for form in FORMS if form in text]
+
+
+def problem(said: str) -> bytes:
+    return json.dumps({"type": "about:blank", "detail": said}).encode()
+
+
+def jmap_echoes(said: str) -> Iterator[Fault]:
+    """Ways in which a JMAP server sends something back."""
+    headers = {"Content-Type": said.encode().decode("latin-1")}
+    for when in ("session", "api", "stream"):
+        yield Fault(when, status=500, body=problem(said))
+        yield Fault(when, status=302, headers={"Location": f"https://evil.example/?{quote(said)}"})
+        yield Fault(when, status=302, headers={"Location": f"//{quote(said, '')}:x/"})
+        yield Fault(when, headers=headers, body=problem(said))
+        yield Fault(when, body=json.dumps([said]).encode(), headers={"Content-Type": "a/b"})
+    accounts = {capability: [said] for capability in (mailroom.MAIL, mailroom.CONTACTS)}
+    for wrong in ({"primaryAccounts": accounts}, {"apiUrl": f"http://{said}/"}, {"apiUrl": [said]}):
+        yield Fault("session", edit=lambda session, wrong=wrong: {**session, **wrong})
+    yield Fault(edit=lambda reply: {**reply, "methodResponses": [[said, {said: said}, said]]})
+    for method in ("Email/query", "Email/get", "Mailbox/get", "ContactCard/get"):
+        yield Fault(errors={method: {"type": said, "description": said}})
+    yield Fault(refuse={"*": {"type": said, "properties": [said], "description": said}})
+
+
+@pytest.mark.parametrize(("username", "log_format"), [(USER, "json"), ("", "text")])
+def test_no_echo_of_a_jmap_server_is_written(username: str, log_format: str) -> None:
+    said: list[str] = []
+    settings = {"jmap_token": TOKEN, "jmap_username": username, "log_format": log_format}
+    for form in sorted(forms_of(TOKEN, username)):
+        for fault in jmap_echoes(form):
+            with JMAPServer.with_mailroom_account(Options(token=TOKEN, username=USER)) as server:
+                tap(server, "bob@shop.example")
+                server.faults.append(fault)
+                with running(server, poll_interval=0.05, **settings) as run:
+                    server.wait_for(lambda: fault.fired)  # noqa: B023  (at once)
+                    seen = run.cycles
+                    server.wait_for(lambda: run.cycles > seen or run.greenlet.ready())  # noqa: B023
+                    said += [run.output.getvalue(), *(run.page(f"/{name}")[1] for name in PAGES)]
+    assert not leaks(*said)
+
+
+PAGES = ("healthz", "metrics", "else")
+
+
+def dav_echoes(said: str) -> list[bytes]:
+    """Ways in which a CardDAV server sends something back."""
+    href = MULTISTATUS.replace("/book/", quote(said)).format(ADDRESS_BOOK)
+    text = said.replace("&", "&amp;").replace("<", "&lt;")
+    found = MULTISTATUS.format(FOUND.format(f"<D:{quote(said, '')}>{text}</D:x>"))
+    return [
+        b"HTTP/1.1 500 " + said.encode() + b"\r\n\r\n" + problem(said),
+        b"HTTP/1.1 401 No\r\n\r\n" + problem(said),
+        b"HTTP/1.1 403 No\r\nWWW-Authenticate: " + said.encode() + b"\r\n\r\n" + problem(said),
+        refusal(302, Location=f"https://evil.example/?{quote(said)}"),
+        refusal(302, Location=f"https://{quote(said, '')}:x/"),
+        *(b"HTTP/1.1 207 OK\r\n\r\n" + body.encode() for body in (said, href, found)),
+    ]
+
+
+def test_no_echo_of_a_carddav_server_is_written() -> None:
+    said: list[str] = []
+    settings = {"carddav_username": DAV_USER, "carddav_password": PASSWORD, "jmap_token": TOKEN}
+    options = Options(token=TOKEN, push=None)
+    with JMAPServer.with_mailroom_account(options) as server, Peer(at_once()) as peer:
+        for form in sorted(forms_of(PASSWORD, DAV_USER)):
+            for echo in dav_echoes(form):
+                peer.talk = at_once(echo)
+                with running(server, poll_interval=60, carddav_url=peer.url, **settings) as run:
+                    server.wait_for(lambda: run.cycles or run.greenlet.ready())  # noqa: B023
+                    said += [run.output.getvalue(), *(run.page(f"/{name}")[1] for name in PAGES)]
+        assert all(said)
+    assert b"Authorization: Basic " in peer.heads[0]
+    assert not leaks(*said)
+
+
+def test_nothing_that_the_program_leaves_behind_has_a_secret_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log at debug, its pages, its line in the process list, the account, and its files."""
+    home, output, port = tmp_path / "home", tmp_path / "log", free_port()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    with JMAPServer.with_mailroom_account(Options(token=TOKEN, username=USER)) as server:
+        given = {"jmap_username": USER, "carddav_password": PASSWORD, "health_port": port}
+        with process(server, output, poll_interval=1, **given) as program:
+            wait_filed(server, tap(server, "Bob <bob@shop.example>"), 20)
+            echoes = [fault for fault in jmap_echoes(TOKEN) if fault.when != "session"]
+            for nth, fault in enumerate(echoes, 1):
+                fault.nth = nth
+            server.faults += echoes
+            late = tap(server, "Eve <eve@evil.example>")
+            wait_filed(server, late, 60)
+            server.wait_for(lambda: any(fault.fired for fault in echoes))
+            with requests.Session() as session:
+                session.trust_env = False
+                url = f"http://127.0.0.1:{port}"
+                pages = [session.get(f"{url}/{name}", timeout=5).text for name in PAGES]
+            command = Path(f"/proc/{program.pid}/cmdline").read_text()
+            assert stopped(program)
+        account = repr([server.account.mails, server.account.mailboxes, server.account.cards])
+        check_account(server)
+    assert not leaks(output.read_text("utf-8"), *pages, command, account)
+    assert list(home.iterdir()) == []
+
+
+def test_a_secret_is_blotted_out_longest_first() -> None:
+    """One that begins like another leaves nothing of itself."""
+    settings = MailroomSettings(
+        jmap_token="hush", carddav_username="a", carddav_password="hush-hush-more"
+    )
+    assert settings.redact("a hush-hush-more b") == "a [secret] b"
+
+
+# ----------------------------------------------------------------------------- who is sent them
+
+
+def test_only_the_urls_that_the_session_names_are_sent_the_token() -> None:
+    """The session may be at one place, what does the work at another; a third hears nothing."""
+    with ExitStack() as stack:
+        front = stack.enter_context(JMAPServer.with_mailroom_account())
+        back = stack.enter_context(JMAPServer(account=front.account))
+        third = stack.enter_context(JMAPServer(account=front.account))
+        urls = back.session() | {key: third.session()[key] for key in ("downloadUrl", "uploadUrl")}
+        moved = Fault("session", times=FOREVER, edit=lambda session: {**urls, "state": "1"})
+        front.faults.append(moved)
+        with running(front):
+            front.wait_for(lambda: back.streams)
+            wait_filed(front, tap(front, "bob@shop.example"))
+        assert {request.kind for request in front.requests} == {"session"}
+        assert {request.kind for request in back.requests} == {"api", "stream"}
+        assert not third.requests
+
+
+MOVES = [301, 302, 303, 307, 308]
+
+
+@pytest.mark.parametrize("status", MOVES)
+@pytest.mark.parametrize("when", ["session", "api", "stream"])
+def test_no_redirect_takes_the_token_to_another_host(when: str, status: int) -> None:
+    with JMAPServer.with_mailroom_account() as server, JMAPServer() as other:
+        with running(server, poll_interval=0.05):
+            server.wait_for(lambda: server.streams)
+            location = f"{other.origin}/jmap/session?{when}"
+            move = Fault(when, times=2, status=status, headers={"Location": location})
+            server.faults += [move, Fault("api", status=400)]  # which makes it ask for the session
+            server.streams.drop()
+            server.wait_for(lambda: move.fired == 2)
+            wait_filed(server, tap(server, "bob@shop.example"))
+        assert not other.requests
+
+
+@pytest.mark.parametrize("status", MOVES)
+@pytest.mark.parametrize("method", ["PROPFIND", "REPORT", "GET", "PUT"])
+def test_no_redirect_takes_the_password_to_another_host(method: str, status: int) -> None:
+    book = MULTISTATUS.replace("/book/", "/events").format(ADDRESS_BOOK).encode()
+    with Peer(at_once(b"HTTP/1.1 207 OK\r\n\r\n" + book)) as peer, JMAPServer() as other:
+        store = CardDAVContacts(peer.url, credentials(PASSWORD, DAV_USER), bool)
+        if method != "PROPFIND":
+            store.prepare()
+        peer.talk = at_once(refusal(status, Location=f"{other.origin}/events"))
+        card = mailroom.Card("urn:uuid:1", peer.url)
+        asks: dict[str, Callable[[], object]] = {
+            "PROPFIND": store.prepare,
+            "REPORT": lambda: store.cards([], [], []),
+            "GET": lambda: store.apply([mailroom.CardChange("1", card, note=("x",))]),
+            "PUT": lambda: store.apply(
+                [mailroom.CardChange(mailroom.contact_uid("b@x.example"), address="b@x.example")]
+            ),
+        }
+        with suppress(MailroomError):
+            asks[method]()
+        assert peer.heads[-1].startswith(method.encode())
+        assert not other.requests
+
+
+def test_a_proxy_for_https_learns_the_host_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Peer(at_once(refusal(502))) as peer:
+        proxy = peer.url.replace("//", "//eve:evil@")
+        for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(MailroomError):
+            JMAPClient(TOKEN, "mail.example").connect()
+        with pytest.raises(MailroomError):
+            store = CardDAVContacts("https://d.example", credentials(PASSWORD, "alice"), bool)
+            store.prepare()
+        hosts = [head.split()[1] for head in peer.heads]
+        assert set(hosts) == {b"mail.example:443", b"d.example:443"}
+        assert all(head.startswith(b"CONNECT ") for head in peer.heads)
+        authorized = re.findall(rb"(?i)\n([a-z-]*authorization: .*)\r", b"".join(peer.heads))
+        assert {line.split()[-1] for line in authorized} == {b"ZXZlOmV2aWw="}
+
+
+def test_no_netrc_and_no_proxy_changes_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login eve password evil\ndefault login eve password evil\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://eve:evil@127.0.0.1:1")
+    basic = b64encode(f"{DAV_USER}:{PASSWORD}".encode())
+    with Peer(at_once(refusal(503))) as peer:
+        store = CardDAVContacts(peer.url, credentials(PASSWORD, DAV_USER), bool)
+        with pytest.raises(MailroomError):
+            store.prepare()
+        [head] = peer.heads
+    assert re.findall(rb"(?i)\n[a-z-]*authorization: (.*)\r", head) == [b"Basic " + basic]
+    assert head.startswith(b"PROPFIND /events HTTP/1.1")
