@@ -29,6 +29,7 @@ monkey.patch_all()
 
 import argparse
 import codecs
+import errno
 import ipaddress
 import json
 import logging
@@ -43,10 +44,11 @@ import uuid
 from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from itertools import combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
@@ -3032,6 +3034,27 @@ class DryRun(Triage):
 
 
 CYCLE_DEADLINE = 300.0
+# So many clients are served at a time, and each for so many seconds.
+HEALTH_CLIENTS = 20
+HEALTH_SECONDS = 5.0
+
+
+class HealthHandler(gevent.pywsgi.WSGIHandler):
+    """One client of the health port, for one request. One that is too slow is taken for gone, and
+    rubbish is not told of."""
+
+    def handle(self) -> None:
+        gone = BrokenPipeError(errno.EPIPE, "too slow")
+        with suppress(OSError), gevent.Timeout(HEALTH_SECONDS, gone):
+            super().handle()
+
+    def read_request(self, raw_requestline: str) -> Any:
+        try:
+            return super().read_request(raw_requestline)
+        except (OSError, ValueError, HTTPException):
+            return None
+        finally:
+            self.close_connection = True
 
 
 class Health:
@@ -3193,7 +3216,14 @@ class Service:
         host, port = self._settings.health_host, self._settings.health_port
         if not port:
             return
-        server = gevent.pywsgi.WSGIServer((host, port), self.health, log=None, error_log=None)
+        server = gevent.pywsgi.WSGIServer(
+            (host, port),
+            self.health,
+            log=None,
+            error_log=None,
+            spawn=HEALTH_CLIENTS,
+            handler_class=HealthHandler,
+        )
         try:
             server.start()
         except OSError as error:

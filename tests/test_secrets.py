@@ -2,8 +2,6 @@
 them in it, what the health port does for whoever comes, and that no sender writes the log."""
 
 import json
-import logging
-import os
 import re
 import socket
 from base64 import b64encode
@@ -16,9 +14,9 @@ from urllib.parse import quote, quote_plus
 import gevent
 import pytest
 import requests
-from jmap_server import FOREVER, JSON, Fault, JMAPServer, Options
+from jmap_server import FOREVER, Fault, JMAPServer, Options
 from test_contacts import ADDRESS_BOOK, FOUND, MULTISTATUS
-from test_hell import Peer, at_once, refusal, stopped, tap, until_gone, wait_filed
+from test_hell import Peer, at_once, refusal, stopped, tap, wait_filed
 from test_push import open_files
 from test_vcards import HOSTILE
 from tools import Running, check_account, free_port, process, running
@@ -62,6 +60,10 @@ def problem(said: str) -> bytes:
     return json.dumps({"type": "about:blank", "detail": said}).encode()
 
 
+def in_session(**wrong: Any) -> Fault:
+    return Fault("session", edit=lambda session: {**session, **wrong})
+
+
 def jmap_echoes(said: str) -> Iterator[Fault]:
     """Ways in which a JMAP server sends something back."""
     headers = {"Content-Type": said.encode().decode("latin-1")}
@@ -72,8 +74,9 @@ def jmap_echoes(said: str) -> Iterator[Fault]:
         yield Fault(when, headers=headers, body=problem(said))
         yield Fault(when, body=json.dumps([said]).encode(), headers={"Content-Type": "a/b"})
     accounts = {capability: [said] for capability in (mailroom.MAIL, mailroom.CONTACTS)}
-    for wrong in ({"primaryAccounts": accounts}, {"apiUrl": f"http://{said}/"}, {"apiUrl": [said]}):
-        yield Fault("session", edit=lambda session, wrong=wrong: {**session, **wrong})
+    yield in_session(primaryAccounts=accounts)
+    yield in_session(apiUrl=f"http://{said}/")
+    yield in_session(apiUrl=[said])
     yield Fault(edit=lambda reply: {**reply, "methodResponses": [[said, {said: said}, said]]})
     for method in ("Email/query", "Email/get", "Mailbox/get", "ContactCard/get"):
         yield Fault(errors={method: {"type": said, "description": said}})
@@ -81,10 +84,10 @@ def jmap_echoes(said: str) -> Iterator[Fault]:
 
 
 @pytest.mark.parametrize(("username", "log_format"), [(USER, "json"), ("", "text")])
-def test_no_echo_of_a_jmap_server_is_written(username: str, log_format: str) -> None:
+def test_no_echo_of_a_jmap_server_is_written(username: str, log_format: str, long: bool) -> None:
     said: list[str] = []
     settings = {"jmap_token": TOKEN, "jmap_username": username, "log_format": log_format}
-    for form in sorted(forms_of(TOKEN, username)):
+    for form in sorted(forms_of(TOKEN, username))[:: 1 if long else 2]:
         for fault in jmap_echoes(form):
             with JMAPServer.with_mailroom_account(Options(token=TOKEN, username=USER)) as server:
                 tap(server, "bob@shop.example")
@@ -124,7 +127,7 @@ def test_no_echo_of_a_carddav_server_is_written() -> None:
             for echo in dav_echoes(form):
                 peer.talk = at_once(echo)
                 with running(server, poll_interval=60, carddav_url=peer.url, **settings) as run:
-                    server.wait_for(lambda: run.cycles or run.greenlet.ready())  # noqa: B023
+                    server.wait_for(lambda: run.cycles or run.greenlet.ready())
                     said += [run.output.getvalue(), *(run.page(f"/{name}")[1] for name in PAGES)]
         assert all(said)
     assert b"Authorization: Basic " in peer.heads[0]
@@ -243,8 +246,8 @@ def test_a_proxy_for_https_learns_the_host_and_nothing_else(
             monkeypatch.delenv(name, raising=False)
         with pytest.raises(MailroomError):
             JMAPClient(TOKEN, "mail.example").connect()
+        store = CardDAVContacts("https://d.example", credentials(PASSWORD, "alice"), bool)
         with pytest.raises(MailroomError):
-            store = CardDAVContacts("https://d.example", credentials(PASSWORD, "alice"), bool)
             store.prepare()
         hosts = [head.split()[1] for head in peer.heads]
         assert set(hosts) == {b"mail.example:443", b"d.example:443"}
@@ -271,3 +274,171 @@ def test_no_netrc_and_no_proxy_changes_the_password(
         [head] = peer.heads
     assert re.findall(rb"(?i)\n[a-z-]*authorization: (.*)\r", head) == [b"Basic " + basic]
     assert head.startswith(b"PROPFIND /events HTTP/1.1")
+
+
+# ------------------------------------------------------------------------------- the health port
+
+
+def say(run: Running, data: bytes, seconds: float = 5) -> bytes:
+    """What the health port answers to these bytes, which are all that the client sends."""
+    address = ("127.0.0.1", run.settings.health_port)
+    with socket.create_connection(address, seconds) as client:
+        answer = b""
+        with suppress(OSError):
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            while piece := client.recv(65536):
+                answer += piece
+    return answer
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split()[1])
+
+
+@pytest.fixture
+def healthy(capfd: pytest.CaptureFixture[str]) -> Iterator[Running]:
+    """A service whose pages are asked for; it says nothing to anyone of who does."""
+    with (
+        JMAPServer.with_mailroom_account(Options(push=None)) as server,
+        running(server, health_port=free_port(), log_level="info") as run,
+    ):
+        run.wait_for_cycles(1)
+        said = run.output.getvalue()
+        yield run
+        assert status_of(say(run, b"GET /healthz HTTP/1.0\r\n\r\n")) == 200
+        assert run.output.getvalue() == said
+    assert capfd.readouterr() == ("", "")
+
+
+METHODS = ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "CONNECT", "get", "X"]
+PLACES = ["/", "/healthz/", "/healthz/..", "//healthz", "/metrics/x", "/HEALTHZ", "*", "/.env"]
+
+
+def test_the_port_answers_get_of_its_two_paths_and_nothing_else(healthy: Running) -> None:
+    for path in ("/healthz", "/metrics", "/healthz?x=1"):
+        answer = say(healthy, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert status_of(answer) == 200
+    asked = [f"{method} {path}" for method in METHODS for path in ("/healthz", "/metrics")]
+    asked += [f"GET {place}" for place in PLACES] + ["GET http://evil.example/x"]
+    for line in asked:
+        answer = say(healthy, f"{line} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert status_of(answer) == 404, line
+        assert answer.endswith((b"not found\n", b"\r\n\r\n"))
+
+
+RUBBISH = {
+    "nothing": b"",
+    "line ends": b"\r\n" * 1000,
+    "NULs": b"\0" * 1000,
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500,
+    "no version": b"GET /healthz\r\n\r\n",
+    "an unknown version": b"GET /healthz HTTP/9.9\r\n\r\n",
+    "an endless line": b"GET /" + b"x" * 100_000,
+    "an endless header": b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 100_000,
+    "endless headers": b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 20_000,
+    "a header that is none": b"GET /healthz HTTP/1.1\r\nX\xff\0\r\n\r\n",
+    "a length that is none": b"GET /healthz HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    "less than nothing": b"GET /healthz HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    "more than comes": b"POST /healthz HTTP/1.1\r\nContent-Length: 999999999\r\n\r\nx",
+    "bad chunks": b"POST /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    "bad UTF-8": b"GET /\xff%ff%00 HTTP/1.1\r\n\r\n",
+    "noise": bytes(range(256)) * 100,
+}
+
+
+@pytest.mark.parametrize("name", RUBBISH)
+def test_the_port_survives_rubbish_and_tells_nothing(healthy: Running, name: str) -> None:
+    answer = say(healthy, RUBBISH[name])
+    assert not re.search(rb"(?i)traceback|\.py|gevent|python", answer)
+    assert len(answer) < 2000
+
+
+SLOW = [b"", b"G", b"GET /healthz HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\n"]
+SLOW += [b"POST /healthz HTTP/1.1\r\nContent-Length: 999\r\n\r\nx"]
+
+
+@pytest.mark.parametrize("half", SLOW)
+def test_slow_clients_hold_neither_greenlets_nor_files(
+    healthy: Running, monkeypatch: pytest.MonkeyPatch, half: bytes
+) -> None:
+    """However many there are; and who comes after them is answered."""
+    monkeypatch.setattr(mailroom, "HEALTH_SECONDS", 0.3)
+    before, address = open_files(), ("127.0.0.1", healthy.settings.health_port)
+    with ExitStack() as stack:
+        for _ in range(60):
+            client = stack.enter_context(socket.create_connection(address, 5))
+            client.sendall(half)
+            gevent.sleep(0)
+        gevent.sleep(0.05)
+        assert open_files() <= before + 60 + mailroom.HEALTH_CLIENTS
+        assert status_of(say(healthy, b"GET /healthz HTTP/1.0\r\n\r\n")) == 200
+        healthy.server.wait_for(lambda: open_files() <= before + 60)
+
+
+# --------------------------------------------------------------------- strangers and what they say
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_no_name_of_a_sender_forges_a_line(log_format: str) -> None:
+    """Nor one of a label, a group or a contact, and none commands a terminal."""
+    names = [*HOSTILE.values(), "\x1b]0;x\x07\x1b[2J\x9b31m", "\u202eforged"]
+    with JMAPServer.with_mailroom_account(Options(push=None)) as server:
+        server.account.add_contact("known@x.example", "\x1b[2J\n12:00:00 error forged")
+        for n, name in enumerate(names):
+            encoded = b64encode(name.encode()).decode()
+            tap(server, f"=?utf-8?b?{encoded}?= <s{n}@x.example>")
+            tap(server, f"=?utf-8?b?{encoded}?= <{name}@x.example>".replace("\n", ""))
+        tap(server, "Known <known@x.example>")
+        both = server.account.deliver("Two <two@x.example>", ["Screener"])
+        server.account.label(both, "@ToFeed", "@ToJail")
+        with running(server, poll_interval=0.1, log_format=log_format) as run:
+            run.wait_for_cycles(1)
+            written = run.output.getvalue()
+        assert written.count("sender triaged") > len(names)
+    assert_honest(written, log_format)
+
+
+def assert_honest(written: str, log_format: str) -> None:
+    """Each line is one of Mailroom's, and is plain."""
+    assert written.isascii()
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f]", written)
+    for line in written.splitlines():
+        if log_format == "json":
+            assert {"time", "level", "event"} <= json.loads(line).keys()
+        else:
+            assert re.match(r"\d\d:\d\d:\d\d (debug|info|warning|error) +[a-z]", line), line
+
+
+TRICKS = ["\x1b[2J\r\n12:00:00 error forged", "\x9b31m\x85\u2028x", "\u202e\x07\x08\x7f"]
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_no_server_forges_a_line(log_format: str) -> None:
+    written = ""
+    for trick in TRICKS:
+        for fault in jmap_echoes(trick.encode("latin-1", "ignore").decode("latin-1")):
+            if fault.headers and not fault.body:
+                continue  # it is HTTP itself that such a header would break
+            fault.headers = {"Content-Type": trick.encode("latin-1", "ignore").decode("latin-1")}
+            fault.headers = {k: re.sub("[\r\n]", "", v) for k, v in fault.headers.items()}
+            with JMAPServer.with_mailroom_account() as server:
+                tap(server, "bob@shop.example")
+                server.faults.append(fault)
+                with running(server, poll_interval=0.05, log_format=log_format) as run:
+                    server.wait_for(lambda: fault.fired)  # noqa: B023  (at once)
+                    server.wait_for(lambda: run.cycles or run.greenlet.ready())
+                    written += run.output.getvalue()
+    assert_honest(written, log_format)
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_traceback_commands_no_terminal(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
+    def boom(_: object) -> None:
+        raise ValueError("\x1b[2J\x9b31m\rforged")
+
+    monkeypatch.setattr(mailroom.Triage, "run", boom)
+    server = JMAPServer.with_mailroom_account()
+    with server, running(server, log_format=log_format) as run:
+        assert run.status() == 1
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", run.output.getvalue())
