@@ -1867,7 +1867,9 @@ def dav_properties(url: str, body: bytes) -> DAVProperties:
     for response in root.iter(f"{DAV}response"):
         if " 507" in response.findtext(f"{DAV}status", ""):
             raise ValueError("the listing is cut short")
-        properties = found.setdefault(href_in(url, response), {})
+        if not (href := href_in(url, response)):
+            raise ValueError("a response without href")
+        properties = found.setdefault(href, {})
         if " 404" in response.findtext(f"{DAV}status", ""):
             properties |= {each.tag: each for each in response.findall(f"{DAV}status")}
         for propstat in response.iter(f"{DAV}propstat"):
