@@ -309,16 +309,20 @@ def running(server: JMAPServer, **changes: Any) -> Iterator[Running]:
 
 @contextmanager
 def process(
-    server: JMAPServer, output: Path, **environment: object
+    server: JMAPServer, output: Path, *command: str, **environment: object
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """The program as a user starts it; its output goes to a file. It is killed at the end."""
+    """The program as a user starts it, or another Python command; its output goes to a file. It is
+    killed at the end."""
     given = {"jmap_url": server.session_url, "jmap_token": server.options.token, "health_port": 0}
     given |= {"log_level": "debug", "debounce_seconds": 0.05, **environment}
     variables = {f"MAILROOM_{name.upper()}": str(value) for name, value in given.items()}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
     with output.open("wb") as file:
         started = subprocess.Popen(
-            [sys.executable, str(PROGRAM)], env=kept | variables, stdout=file, stderr=file
+            [sys.executable, *(command or [str(PROGRAM)])],
+            env=kept | variables,
+            stdout=file,
+            stderr=file,
         )
     try:
         yield started
