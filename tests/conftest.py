@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """A busy machine makes any example slow at times, so there is no deadline."""
     hypothesis.settings.register_profile("short", deadline=None)
-    hypothesis.settings.register_profile("long", deadline=None, max_examples=5000)
+    hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
     hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
