@@ -28,7 +28,7 @@ from test_push import parsed
 from test_rules import OWN, patched, written
 from test_triage import crash, places, replaced
 from test_vcards import ANY_TEXT, BOB, CHANGES, EVE, vcard
-from tools import SURVIVED, Scene
+from tools import COUNTS, Scene
 
 import mailroom
 from mailroom import (
@@ -52,7 +52,7 @@ from mailroom import (
 
 
 def tried(what: str) -> None:
-    SURVIVED[f"random {what}"] += 1
+    COUNTS[f"random {what}"] += 1
 
 
 # ------------------------------------------------------------------------------- the triage rules

@@ -26,7 +26,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jmap_server import FOREVER, Fault, JMAPServer, Options
 from test_push import PING, SCHEDULE, STATE, Listener, Shutdown
-from tools import SURVIVED, check_account, memory, process, running
+from tools import COUNTS, check_account, memory, process, running
 
 import mailroom
 
@@ -440,7 +440,7 @@ def test_a_flood_neither_fills_the_memory_nor_stops_the_rest(
             assert stopped(program)
         assert (tmp_path / "log").stat().st_size < 100_000
         check_account(server)
-    SURVIVED["MiB of a flooding stream"] += flood.sent >> 20
+    COUNTS["MiB of a flooding stream"] += flood.sent >> 20
 
 
 @pytest.mark.usefixtures("scaled")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import gevent
 from jmap_server import JSON, Fault, JMAPServer, Options
 from test_hell import stopped
-from tools import PROGRAM, SURVIVED, check_account, memory, process
+from tools import COUNTS, PROGRAM, check_account, memory, process
 
 import mailroom
 
@@ -176,6 +176,6 @@ def test_a_week(tmp_path: Path, long: bool) -> None:
         week.check()
     assert "Traceback" not in output.read_text("utf-8")
     for name, number in week.counts.items():
-        SURVIVED[f"{name} in a week"] += number
-    SURVIVED["KiB grown in a week"] += grown >> 10
+        COUNTS[f"{name} in a week"] += number
+    COUNTS["KiB grown in a week"] += grown >> 10
     assert week.counts["taps"] > 200
