@@ -855,6 +855,11 @@ def came_to_inbox(mail: Mail, boxes: Boxes) -> bool:
     return any(each.add_to_inbox and each.name not in parents for each in there)
 
 
+def left_by_triage(mail: Mail, boxes: Boxes) -> set[str]:
+    """What a mail is in on account of triage, beside its destinations."""
+    return {boxes.warning, *([boxes.inbox] if came_to_inbox(mail, boxes) else [])}
+
+
 def plan_mails(
     mails: Iterable[Mail], family: Sequence[Category], boxes: Boxes, warn: bool
 ) -> tuple[dict[str, MailPatch], dict[str, MailPatch]]:
@@ -871,7 +876,7 @@ def plan_mails(
             add.add(boxes.inbox)
         if tapped and warn:
             add.add(boxes.warning)
-        back = {boxes.inbox} if category.undoes and came_to_inbox(mail, boxes) else set()
+        back = left_by_triage(mail, boxes) if category.undoes and add else set()
         refile[mail.id] = mail_patch(mail, add, (boxes.managed | back) - add)
         finish[mail.id] = mail_patch(
             mail.patched(refile[mail.id]), destinations if tapped else (), [label, boxes.error]
