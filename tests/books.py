@@ -207,6 +207,10 @@ class DAVBook:
             url = urllib.parse.urljoin(self.url, response.findtext("{DAV:}href"))
             yield url, vobject.readOne(response.findtext(".//{*}address-data"))
 
+    def texts(self) -> dict[str, str]:
+        """All cards as they are kept, by their uids."""
+        return {canonical_uid(card.uid.value): self.get(url) for url, card in self._parsed()}
+
     def seen(self) -> dict[str, Seen]:
         cards = [card for _, card in self._parsed()]
         found = {canonical_uid(card.uid.value): self._seen(card.contents) for card in cards}

@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 from tools import COUNTS
 
+pytest.register_assert_rewrite("homes")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

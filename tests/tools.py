@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import gevent
 from jmap_server import CATEGORIES, JSON, JMAPServer, Options, Request
@@ -44,11 +45,15 @@ def new_triage(settings: mailroom.MailroomSettings) -> mailroom.Triage:
     return mailroom.Triage(settings, client, contacts, mailroom.SeenStates(), Counter())
 
 
-def check_wire(server: JMAPServer, destroys: bool = False) -> None:
+def check_wire(server: JMAPServer, *, takes_back: bool = False) -> None:
     """What was ever asked of the server kept to the rules: only mailboxes that are Mailroom's are
     left, each patch that leaves one names one that stays, and of cards only the parts that are
-    Mailroom's to change are changed; nothing is destroyed, unless cards may be."""
+    Mailroom's to change are changed; nothing is destroyed. Where triage is taken back a mail may
+    leave the Inbox for the Screener, and cards that were made here may go."""
     account = server.account
+    screener = account.mailbox_id("Screener")
+    made = [*(write.reply.get("created") or {} for write in server.writes)]
+    own = {each["id"] for created in made for each in created.values() if "id" in each}
     foreign = {box.id for box in account.mailboxes.values() if box.name in FOREIGN}
     inbox = account.mailbox_id("Inbox")
     for call in server.calls("Email/set"):
@@ -61,10 +66,10 @@ def check_wire(server: JMAPServer, destroys: bool = False) -> None:
             added = {path.partition("/")[2] for path, stays in patch.items() if stays is True}
             assert len(taken) + len(added) == len(patch)
             assert added, f"{patch} names no mailbox that stays"
-            assert not taken & foreign, f"{patch} takes a mail out of the user's own mailbox"
-            assert inbox not in taken
+            back = {inbox} if takes_back and screener in added else set()
+            assert not taken & foreign - back, f"{patch} takes a mail out of the user's own mailbox"
     for call in server.calls("ContactCard/set"):
-        assert destroys or not call.get("destroy")
+        assert set(call.get("destroy") or ()) <= (own if takes_back else set())
         for patch in (call.get("update") or {}).values():
             assert patch, "an empty patch"
             assert all(CARD_PATHS.fullmatch(path) for path in patch), patch
@@ -72,7 +77,8 @@ def check_wire(server: JMAPServer, destroys: bool = False) -> None:
 
 class Scene:
     """An account and a triage, used as `with Scene(options) as scene:`. At the end all the promises
-    are checked, and that one more cycle is a single request that writes nothing."""
+    are checked, and that one more cycle is a single request that writes nothing. `takes_back`: the
+    account has the undo label."""
 
     def __init__(
         self,
@@ -80,11 +86,15 @@ class Scene:
         *,
         categories: Iterable[str] = CATEGORIES,
         connect: bool = True,
+        takes_back: bool = False,
         **settings: Any,
     ) -> None:
         self.server = JMAPServer.with_mailroom_account(options, categories)
         self.account = self.server.account
         self.account.add_mailbox("Mine")
+        self.takes_back = takes_back
+        if takes_back:
+            self.account.add_mailbox("@ToScreener")
         self.triage = new_triage(settings_for(self.server, **settings))
         self.removed: set[str] = set()
         self.last: list[Request] = []
@@ -160,7 +170,7 @@ class Scene:
 
     def check(self) -> None:
         self.check_idle()
-        check_account(self.server, self.removed)
+        check_account(self.server, self.removed, takes_back=self.takes_back)
 
     def check_idle(self) -> None:
         """A cycle right after a cycle asks one thing and writes nothing."""
@@ -172,9 +182,11 @@ class Scene:
         assert len(self.server.writes) == writes
 
 
-def check_account(server: JMAPServer, removed: Iterable[str] = (), destroys: bool = False) -> None:
+def check_account(
+    server: JMAPServer, removed: Iterable[str] = (), *, takes_back: bool = False
+) -> None:
     """No mail was lost, no contact doubled, nothing of the user's touched, and the test server is
-    well. `removed`: the mails that the user deleted; `destroys`: cards may have been destroyed."""
+    well. `removed`: the mails that the user deleted; `takes_back`: see `check_wire`."""
     account = server.account
     lost = {id_ for id_, _, _, alive in account.histories["Email"].since(0) if not alive}
     assert lost <= set(removed), "mails were lost"
@@ -183,7 +195,7 @@ def check_account(server: JMAPServer, removed: Iterable[str] = (), destroys: boo
         if mailroom.CREATED_NOTE in json.dumps(card.get("notes", {})):
             for email in card["emails"].values():
                 assert len(account.contacts_of(email["address"])) == 1, "a second contact"
-    check_wire(server, destroys)
+    check_wire(server, takes_back=takes_back)
     assert server.crashes == []
 
 
@@ -335,6 +347,48 @@ def memory(program: "subprocess.Popen[bytes]") -> int:
     """The memory that a program holds, in bytes."""
     pages = Path(f"/proc/{program.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+# The commands
+
+
+class Ran(NamedTuple):
+    """What a command came to, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def variables_of(settings: Mapping[str, object]) -> dict[str, str]:
+    """The environment variables that say the settings."""
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in settings.items()
+    }
+    return {f"MAILROOM_{name.upper()}": text for name, text in texts.items()}
+
+
+def command(*arguments: str, **settings: object) -> Ran:
+    """`python mailroom.py ARGUMENTS` in this process, with these settings and no others."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
+    variables = kept | variables_of({"health_port": 0, **settings})
+    out, err, log = io.StringIO(), io.StringIO(), mailroom.LOG
+    before = log.handlers[:], log.propagate, log.level
+    try:
+        with (
+            mock.patch.dict(os.environ, variables, clear=True),
+            mock.patch.object(gevent, "signal_handler"),  # the test run keeps its own
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            status = mailroom.main(arguments)
+    except SystemExit as end:  # argparse
+        status = int(end.code or 0)
+    finally:
+        log.handlers[:], log.propagate = before[:2]
+        log.setLevel(before[2])
+    return Ran(status, out.getvalue(), err.getvalue())
 
 
 def free_port() -> int:

@@ -1,0 +1,305 @@
+"""Accounts for whole stories: mails and contacts wherever they are kept, the user's hand on them,
+the commands, and what there is to compare afterwards, object by object."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+from unittest import mock
+
+import requests
+from books import Book, DAVBook, JMAPBook, radicale_book
+from jmap_server import JMAPServer
+from radicale_server import RadicaleServer
+from tools import SERVERS, Ran, command
+
+from mailroom import MailroomSettings, vcard_lines, vcard_property, vcard_unfold
+
+STORES = (*SERVERS, "radicale")
+Cards = dict[str, Any]
+
+
+def exact_cards(book: Any) -> Cards:
+    """Every card by its uid with all that is in it. Empty properties are as good as none; so are
+    the order and the folding of the lines of a vCard."""
+    if isinstance(book, JMAPBook):
+        return {
+            card["uid"]: {key: value for key, value in card.items() if value and key != "id"}
+            for card in book.account.cards.values()
+        }
+    cards: dict[str, str] = book.texts()
+    return {uid: sorted(map(vcard_unfold, vcard_lines(text))) for uid, text in cards.items()}
+
+
+def snapshot(home: "Home") -> dict[tuple[str, str], Any]:
+    """All that an account has, to be compared: {("mail", subject): its mailboxes, ("box", name):
+    whether it is subscribed, ("card", uid): the card}."""
+    kinds = {"mail": home.where(), "box": home.boxes(), "card": exact_cards(home.book)}
+    return {(kind, key): value for kind, all_ in kinds.items() for key, value in all_.items()}
+
+
+def of_kind(shot: Mapping[tuple[str, str], Any], kind: str) -> dict[str, Any]:
+    """What a snapshot has of a kind."""
+    return {key: value for (each, key), value in shot.items() if each == kind}
+
+
+class Home(Protocol):
+    """An account. Mails go by their subjects; a mail's Inbox is "Inbox"."""
+
+    book: Any
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The settings for this account, and no other."""
+
+    def deliver(self, sender: str | None, subject: str, mailbox: str = "Screener") -> str:
+        """A mail arrives in a mailbox (by its IMAP name); its subject."""
+
+    def tap(self, subject: str, *labels: str) -> None:
+        """The user puts labels on a mail."""
+
+    def where(self) -> dict[str, set[str]]:
+        """The mailboxes of each mail."""
+
+    def boxes(self) -> dict[str, bool]:
+        """Whether each mailbox is subscribed."""
+
+
+def run(home: Home, *arguments: str, **changes: object) -> Ran:
+    """A command on the account; it ends as it should, and says nothing of its secrets."""
+    ran = command(*arguments, **{**home.settings, **changes})
+    for said in (ran.out, ran.err):
+        assert "Traceback" not in said, said
+        assert str(home.settings["jmap_token"]) not in said
+    return ran
+
+
+def once(home: Home) -> None:
+    """One cycle, in which all goes well."""
+    ran = run(home, "run", "--once")
+    assert ran.status == 0, ran
+
+
+class EmbeddedHome:
+    """On the embedded server, with the contacts in a book. There is nothing of Mailroom's yet."""
+
+    def __init__(self, book: Book) -> None:
+        self.book, self.mail = book, book.mail
+        self.account = self.mail.account
+        self._ids: dict[str, str] = {}
+        for box in [box.id for box in self.account.mailboxes.values() if not box.role]:
+            self.account.remove_mailbox(box)
+        self.account.add_mailbox("Mine")
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        url, token = self.mail.session_url, self.mail.options.token
+        return {"jmap_url": url, "jmap_token": token, **self.book.settings}
+
+    def deliver(self, sender: str | None, subject: str, mailbox: str = "Screener") -> str:
+        assert subject not in self._ids
+        box = "Inbox" if mailbox == "INBOX" else mailbox
+        self._ids[subject] = self.account.deliver(sender, [box], subject=subject)
+        return subject
+
+    def tap(self, subject: str, *labels: str) -> None:
+        self.account.label(self._ids[subject], *labels)
+
+    def move(self, subject: str, *mailboxes: str) -> None:
+        self.account.move(self._ids[subject], *mailboxes)
+
+    def where(self) -> dict[str, set[str]]:
+        return {subject: self.account.mailboxes_of(id_) for subject, id_ in self._ids.items()}
+
+    def boxes(self) -> dict[str, bool]:
+        return {box.name: box.is_subscribed for box in self.account.mailboxes.values()}
+
+
+@contextmanager
+def embedded_home(store: str, radicale: Callable[[], RadicaleServer]) -> Iterator[EmbeddedHome]:
+    """An account whose contacts are in a store of this name. The server must be well at the end,
+    and no mail lost."""
+    book: Book = radicale_book(radicale()) if store == "radicale" else JMAPBook(SERVERS[store]())
+    with book.mail as server:
+        home = EmbeddedHome(book)
+        yield home
+        assert server.crashes == []
+        assert all(home.where().values())
+        check_mails_stay(server)
+
+
+def check_mails_stay(server: JMAPServer) -> None:
+    """No mail was gone at any time, and no request might have made it go."""
+    history = server.account.histories["Email"].since(0)
+    assert all(alive for _, _, _, alive in history), "mails were lost"
+    for call in server.calls("Email/set"):
+        assert call.keys() <= {"accountId", "update", "ifInState"}
+        for patch in call["update"].values():
+            assert True in patch.values(), f"{patch} names no mailbox that stays"
+
+
+# The story of a newcomer
+
+ADOPTED = {
+    # sender: the lines of a contact of the user's, and the properties of a ContactCard
+    "tea@x.example": (
+        ["FN:Tea", "N:;Tea;;;", "NOTE:Likes tea.\\nAnd cake."],
+        {"name": {"full": "Tea"}, "notes": {"k": {"note": "Likes tea.\nAnd cake."}}},
+    ),
+    "plain@x.example": (["FN:Plain", "N:;Plain;;;"], {"name": {"full": "Plain"}}),
+    "rich@x.example": (
+        ["FN:Rich", "N:;Rich;;;", "TEL;TYPE=CELL:1", "X-UNHEARD-OF;X-P=1:a\\, b", "NICKNAME:R"],
+        {
+            "name": {"full": "Rich"},
+            "phones": {"p": {"number": "1"}},
+            "example.com:x": {"y": [1, {"z": None}]},
+        },
+    ),
+}
+SENDERS = {
+    # sender, as the mails say: the label
+    "Bob Smith <bob@shop.example>": "@ToImbox",
+    '"Doe, Jane" <jane@home.example>': "@ToPerson",
+    "nameless@x.example": "@ToJail",
+    "=?utf-8?q?J=C3=B6rg=2C_Inc=3B?= <j@x.example>": "@ToTruck",
+    "Tea <tea@x.example>": "@ToFeed",
+    "Another name <plain@x.example>": "@ToPaperTrail",
+    "Rich <rich@x.example>": "@ToImbox",
+}
+
+
+def add_contact(home: Home, address: str) -> str:
+    """A contact of the user's, of those in ADOPTED; its uid."""
+    lines, properties = ADOPTED[address]
+    book: Any = home.book
+    if isinstance(book, JMAPBook):
+        emails = {"e": {"address": address, "contexts": {"work": True}}}
+        card = {"kind": "individual", "emails": emails, **properties}
+        return str(book.account.cards[book.account.new_card(card)]["uid"])
+    uid = f"00000000-0000-4000-8000-{len(address):012d}"
+    mail = f"item1.EMAIL;TYPE=WORK:{address}"
+    book.put(f"{uid}.vcf", f"UID:{uid}", *lines, mail, "item1.X-ABLabel:Job")
+    return f"urn:uuid:{uid}"
+
+
+def furnish(home: Home) -> None:
+    """What the user has before Mailroom comes."""
+    uids = [add_contact(home, address) for address in ADOPTED]
+    home.book.add_group("Friends", uids[0])
+    home.book.add_group("Jail")
+    home.deliver("Tea <tea@x.example>", "read long ago", "INBOX")
+    home.deliver("Bob Smith <bob@shop.example>", "my own", "Mine")
+
+
+def mail_of(sender: str, nth: int = 0) -> str:
+    """The subject of one of a sender's mails."""
+    return f"{sender.rpartition('<')[2].removesuffix('>')} {nth}"
+
+
+def tap_all(home: Home, undo: bool = False) -> None:
+    for sender, label in SENDERS.items():
+        home.tap(mail_of(sender, 1 if undo else 0), "@ToScreener" if undo else label)
+    once(home)
+    assert not any(box.startswith("@To") for boxes in home.where().values() for box in boxes)
+
+
+def story(home: Home) -> None:
+    """From an account without Mailroom to one without it again: setup, tap, undo, tap, reset."""
+    furnish(home)
+    empty = snapshot(home)
+    ran = run(home, "setup")
+    assert (ran.status, ran.err) == (0, "")
+    assert "Nothing has been changed" in ran.out
+    assert snapshot(home) == empty
+    assert run(home, "setup", "--apply").status == 0
+    ready = snapshot(home)
+    boxes = of_kind(ready, "box")
+    made = boxes.keys() - of_kind(empty, "box").keys()
+    assert {"Screener", "Feed", "@ToFeed", "@ToScreener", "@MailroomError"} < made
+    assert all(boxes[box] for box in made), "not subscribed"
+    assert "There is nothing to do." in run(home, "setup").out
+    for sender in SENDERS:
+        for nth in range(2):
+            home.deliver(sender, mail_of(sender, nth))
+    home.deliver("Stranger <s@strange.example>", "of a stranger")
+    before = snapshot(home)
+    once(home)
+    assert snapshot(home) == before
+    tap_all(home)
+    tapped = snapshot(home)
+    assert tapped["mail", mail_of("bob@shop.example", 1)] == {"Imbox", "Inbox"}
+    assert tapped["mail", mail_of("jane@home.example", 1)] == {"Person", "Imbox"}
+    assert len(of_kind(tapped, "card")) == len(of_kind(before, "card")) + 4
+    tap_all(home, undo=True)
+    assert snapshot(home) == before
+    tap_all(home)
+    assert snapshot(home) == tapped
+    ran = run(home, "reset")
+    assert (ran.status, snapshot(home)) == (0, tapped)
+    ran = run(home, "reset", "--apply", "--yes")
+    assert (ran.status, ran.err) == (0, ""), ran
+    after = snapshot(home)
+    assert of_kind(after, "card") == of_kind(empty, "card")
+    for kind in ("mail", "box"):  # the mailboxes that setup made stay
+        assert of_kind(after, kind) == of_kind(before, kind)
+    assert run(home, "reset").out == "There is nothing to do.\n"
+
+
+# What befalls the requests that Mailroom sends, wherever they go
+
+
+class Killed(BaseException):
+    """The program ends here and now."""
+
+
+class Fate:
+    """What befalls Mailroom's requests, on the way to whatever server. `befall` is asked before
+    each and gets its number from 1: "killed before", "killed after", "lost", "reply lost",
+    "refused" or nothing."""
+
+    def __init__(self) -> None:
+        self.sent: list[requests.PreparedRequest] = []
+        self.befall: Callable[[int, requests.PreparedRequest], str] = lambda *_: ""
+        self._send = requests.Session.send
+
+    def send(
+        self, session: requests.Session, request: requests.PreparedRequest, **more: Any
+    ) -> requests.Response:
+        if "Mailroom" not in str(request.headers.get("User-Agent")):
+            return self._send(session, request, **more)
+        self.sent.append(request)
+        fate = self.befall(len(self.sent), request)
+        if fate == "killed before":
+            raise Killed
+        if fate == "lost":
+            raise requests.ConnectionError("lost on its way")
+        if fate == "refused":
+            return refusal(request)
+        response = self._send(session, request, **more)
+        if fate == "killed after":
+            raise Killed
+        if fate == "reply lost":
+            raise requests.ConnectionError("the reply is lost")
+        return response
+
+
+def refusal(request: requests.PreparedRequest) -> requests.Response:
+    """What a CardDAV server answers when the card has changed, or a server in trouble."""
+    response = requests.Response()
+    response.status_code = 412 if request.method in ("PUT", "DELETE") else 503
+    response.url, response.raw = str(request.url), None
+    response._content = b""  # type: ignore[attr-defined]  # there is no connection to read it from
+    return response
+
+
+def is_write(request: requests.PreparedRequest) -> bool:
+    """Whether a request is to change anything."""
+    return request.method in ("PUT", "DELETE") or b'/set"' in (request.body or b"")
+
+
+@contextmanager
+def fate() -> Iterator[Fate]:
+    """While it is entered, Mailroom's requests meet their fate."""
+    fate = Fate()
+    with mock.patch.object(requests.Session, "send", lambda *args, **more: fate.send(*args, **more)):
+        yield fate
