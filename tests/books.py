@@ -200,16 +200,20 @@ class DAVBook:
     def remove(self, uid: str) -> None:
         self.ask("DELETE", self.url_of(uid))
 
-    def _parsed(self) -> Iterator[tuple[str, Any]]:
-        """(URL, card) of all that are there; vCards 4.0 may be shown as 3.0."""
+    def _listed(self) -> Iterator[tuple[str, str]]:
+        """(URL, vCard) of all that are there; vCards 4.0 may be shown as 3.0."""
         reply = self.ask("REPORT", self.url, LIST_ALL, Content_Type="application/xml", Depth="1")
         for response in ET.fromstring(reply.content).iter("{DAV:}response"):  # noqa: S314
             url = urllib.parse.urljoin(self.url, response.findtext("{DAV:}href"))
-            yield url, vobject.readOne(response.findtext(".//{*}address-data"))
+            yield url, response.findtext(".//{*}address-data", "")
+
+    def _parsed(self) -> Iterator[tuple[str, Any]]:
+        """(URL, card) of all that are there."""
+        return ((url, vobject.readOne(text)) for url, text in self._listed())
 
     def texts(self) -> dict[str, str]:
-        """All cards as they are kept, by their uids."""
-        return {canonical_uid(card.uid.value): self.get(url) for url, card in self._parsed()}
+        """All cards by their URLs, as a report shows them."""
+        return dict(self._listed())
 
     def seen(self) -> dict[str, Seen]:
         cards = [card for _, card in self._parsed()]

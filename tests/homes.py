@@ -1,22 +1,24 @@
 """Accounts for whole stories: mails and contacts wherever they are kept, the user's hand on them,
 the commands, and what there is to compare afterwards, object by object."""
 
-import os
+import io
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any, Protocol
 from unittest import mock
 
 import requests
-from books import Book, DAVBook, JMAPBook, radicale_book
+from books import Book, JMAPBook, radicale_book
 from jmap_server import JMAPServer
 from radicale_server import RadicaleServer
 from tools import SERVERS, Ran, command
 
-from mailroom import MailroomSettings, vcard_lines, vcard_property, vcard_unfold
+from mailroom import MailroomError, vcard_card, vcard_lines, vcard_unfold
 
 STORES = (*SERVERS, "radicale")
 Cards = dict[str, Any]
+Saved = tuple[dict[str, frozenset[str]], dict[str, Any]]
 
 
 def exact_cards(book: Any) -> Cards:
@@ -27,14 +29,19 @@ def exact_cards(book: Any) -> Cards:
             card["uid"]: {key: value for key, value in card.items() if value and key != "id"}
             for card in book.account.cards.values()
         }
-    cards: dict[str, str] = book.texts()
-    return {uid: sorted(map(vcard_unfold, vcard_lines(text))) for uid, text in cards.items()}
+    cards = {}
+    for url, text in book.texts().items():
+        card = vcard_card(url, text, "")
+        assert card, text
+        cards[card.uid] = sorted(map(vcard_unfold, vcard_lines(text)))
+    return cards
 
 
 def snapshot(home: "Home") -> dict[tuple[str, str], Any]:
     """All that an account has, to be compared: {("mail", subject): its mailboxes, ("box", name):
     whether it is subscribed, ("card", uid): the card}."""
-    kinds = {"mail": home.where(), "box": home.boxes(), "card": exact_cards(home.book)}
+    kinds: dict[str, dict[str, Any]] = {"mail": {**home.where()}, "box": {**home.boxes()}}
+    kinds["card"] = exact_cards(home.book)
     return {(kind, key): value for kind, all_ in kinds.items() for key, value in all_.items()}
 
 
@@ -84,8 +91,11 @@ class EmbeddedHome:
     """On the embedded server, with the contacts in a book. There is nothing of Mailroom's yet."""
 
     def __init__(self, book: Book) -> None:
-        self.book, self.mail = book, book.mail
+        self.book: Any = book
+        self.mail = book.mail
         self.account = self.mail.account
+        self.changes: dict[str, object] = {}
+        """Settings of this account's, beside where it is."""
         self._ids: dict[str, str] = {}
         for box in [box.id for box in self.account.mailboxes.values() if not box.role]:
             self.account.remove_mailbox(box)
@@ -94,7 +104,7 @@ class EmbeddedHome:
     @property
     def settings(self) -> Mapping[str, object]:
         url, token = self.mail.session_url, self.mail.options.token
-        return {"jmap_url": url, "jmap_token": token, **self.book.settings}
+        return {"jmap_url": url, "jmap_token": token, **self.book.settings, **self.changes}
 
     def deliver(self, sender: str | None, subject: str, mailbox: str = "Screener") -> str:
         assert subject not in self._ids
@@ -113,6 +123,33 @@ class EmbeddedHome:
 
     def boxes(self) -> dict[str, bool]:
         return {box.name: box.is_subscribed for box in self.account.mailboxes.values()}
+
+    # To begin again
+
+    def save(self) -> Saved:
+        """The mails' mailboxes and the cards as they are."""
+        mails = {id_: mail.mailboxes for id_, mail in self.account.mails.items()}
+        is_jmap = isinstance(self.book, JMAPBook)
+        return mails, dict(self.account.cards) if is_jmap else self.book.texts()
+
+    def restore(self, saved: Saved) -> None:
+        mails, cards = saved
+        for id_, boxes in mails.items():
+            self.account.file(id_, boxes)
+        now = self.save()[1]
+        for key in now.keys() - cards.keys():
+            self._put(key, None)
+        for key in cards:
+            if now.get(key) != cards[key]:
+                self._put(key, cards[key])
+
+    def _put(self, key: str, card: Any) -> None:
+        if isinstance(self.book, JMAPBook):
+            self.account.put_card(card) if card else self.account.remove_card(key)
+        elif card:
+            self.book.ask("PUT", key, card, Content_Type="text/vcard; charset=utf-8")
+        else:
+            self.book.ask("DELETE", key)
 
 
 @contextmanager
@@ -140,7 +177,7 @@ def check_mails_stay(server: JMAPServer) -> None:
 
 # The story of a newcomer
 
-ADOPTED = {
+ADOPTED: dict[str, tuple[list[str], dict[str, Any]]] = {
     # sender: the lines of a contact of the user's, and the properties of a ContactCard
     "tea@x.example": (
         ["FN:Tea", "N:;Tea;;;", "NOTE:Likes tea.\\nAnd cake."],
@@ -252,14 +289,22 @@ class Killed(BaseException):
     """The program ends here and now."""
 
 
+FATES = ("killed before", "killed after", "lost", "reply lost", "refused")
+# Where to stop whom. To be killed before a request is to be killed after the one before it.
+STOPS = [
+    *(("cyrus", fate) for fate in FATES),
+    ("radicale", "killed after"),
+    ("radicale", "refused"),
+]
+
+
 class Fate:
     """What befalls Mailroom's requests, on the way to whatever server. `befall` is asked before
-    each and gets its number from 1: "killed before", "killed after", "lost", "reply lost",
-    "refused" or nothing."""
+    each, and says one of FATES or nothing."""
 
     def __init__(self) -> None:
         self.sent: list[requests.PreparedRequest] = []
-        self.befall: Callable[[int, requests.PreparedRequest], str] = lambda *_: ""
+        self.befall: Callable[[requests.PreparedRequest], str] = lambda _: ""
         self._send = requests.Session.send
 
     def send(
@@ -268,7 +313,7 @@ class Fate:
         if "Mailroom" not in str(request.headers.get("User-Agent")):
             return self._send(session, request, **more)
         self.sent.append(request)
-        fate = self.befall(len(self.sent), request)
+        fate = self.befall(request)
         if fate == "killed before":
             raise Killed
         if fate == "lost":
@@ -282,13 +327,16 @@ class Fate:
             raise requests.ConnectionError("the reply is lost")
         return response
 
+    @property
+    def writes(self) -> list[requests.PreparedRequest]:
+        return list(filter(is_write, self.sent))
+
 
 def refusal(request: requests.PreparedRequest) -> requests.Response:
     """What a CardDAV server answers when the card has changed, or a server in trouble."""
     response = requests.Response()
     response.status_code = 412 if request.method in ("PUT", "DELETE") else 503
-    response.url, response.raw = str(request.url), None
-    response._content = b""  # type: ignore[attr-defined]  # there is no connection to read it from
+    response.url, response.raw = str(request.url), io.BytesIO()
     return response
 
 
@@ -301,5 +349,45 @@ def is_write(request: requests.PreparedRequest) -> bool:
 def fate() -> Iterator[Fate]:
     """While it is entered, Mailroom's requests meet their fate."""
     fate = Fate()
-    with mock.patch.object(requests.Session, "send", lambda *args, **more: fate.send(*args, **more)):
+    with mock.patch.object(
+        requests.Session, "send", lambda *args, **more: fate.send(*args, **more)
+    ):
         yield fate
+
+
+def stop_at_each(home: EmbeddedHome, run: Callable[[], bool], what: str) -> int:
+    """Meet a request with its fate, each one in turn, run again until it is done, and compare what
+    is there then with what an undisturbed run comes to. `run` tells whether all is done. How many
+    requests there were. With CardDAV only those that write are met: there are many others."""
+    counts = (lambda _: True) if isinstance(home.book, JMAPBook) else is_write
+    start = home.save()
+    assert run()
+    expected = snapshot(home)
+    for nth in count(1):
+        home.restore(start)
+        if not met(run, what, nth, counts):
+            return nth - 1
+        for _ in range(4):
+            with suppress(MailroomError):
+                if run():
+                    break
+        assert snapshot(home) == expected, f"after request {nth} was {what}"
+    raise AssertionError("there is an end to counting")
+
+
+def met(
+    run: Callable[[], object],
+    what: str,
+    nth: int,
+    counts: Callable[[requests.PreparedRequest], bool],
+) -> bool:
+    """Run, with the nth of the requests that count met with its fate; whether there was one."""
+    with fate() as watched:
+
+        def number() -> int:
+            return sum(map(counts, watched.sent))
+
+        watched.befall = lambda request: what if counts(request) and number() == nth else ""
+        with suppress(Killed, MailroomError):
+            run()
+        return number() >= nth

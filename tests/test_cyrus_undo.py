@@ -3,13 +3,12 @@ compared object by object with what it was before.
 
 Without Cyrus these tests fail, and say what to install."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import homes
 import pytest
 from books import cyrus_book
 from cyrus_server import CyrusServer, CyrusUser
-from homes import run, snapshot
 
 pytestmark = pytest.mark.cyrus
 
