@@ -4121,9 +4121,9 @@ def complain(problems: Iterable[str]) -> None:
         print(f"mailroom: {CONTROLS.sub(' ', problem)}", file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status (see EPILOG)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def perform(arguments: Sequence[str]) -> int:
+    """Run the command; the exit status (see EPILOG). Raises BrokenPipeError."""
+    given = list(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
         given.insert(0, "run")
     options = command_line().parse_args(given)
@@ -4141,12 +4141,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Or Python would complain when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        raise
     except Exception:
         LOG.critical(FAULT, exc_info=True)
         return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status, or SystemExit where that is argparse's."""
+    # Or gevent would print it.
+    gevent.get_hub().NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
+    try:
+        try:
+            return perform(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python would complain when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":
