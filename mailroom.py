@@ -3531,8 +3531,9 @@ def sieve_script(
 # What a person reads
 # ------------------------------------------------------------------------------------------------
 
-WIDTH = 80
-COLOURS = {"there": "\x1b[32m", "made": "\x1b[32m", "missing": "\x1b[33m", "problem": "\x1b[31m"}
+WIDTH, MAX_CELL = 80, 32
+GREEN, YELLOW, RED = "\x1b[32m", "\x1b[33m", "\x1b[31m"
+COLOURS = {"there": GREEN, "made": GREEN, "missing": YELLOW, "refused": RED, "problem": RED}
 
 
 class Console:
@@ -3559,12 +3560,21 @@ class Console:
             print(text, flush=True)
 
 
-def table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with aligned columns, none longer than WIDTH."""
-    kept = [[CONTROLS.sub(" ", cell) for cell in row] for row in rows]
+def cut(text: str, most: int) -> str:
+    """The text, or so much of it that it has at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def table(rows: Iterable[Sequence[str]], indent: str = "") -> list[str]:
+    """Rows of cells as lines with aligned columns, none longer than WIDTH. The last cell gets what
+    the others leave it."""
+    kept = [
+        [*(cut(CONTROLS.sub(" ", cell), MAX_CELL) for cell in row), CONTROLS.sub(" ", last)]
+        for *row, last in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*kept, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in kept)
-    return [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in lines]
+    lines = (indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in kept)
+    return [cut(line, WIDTH) for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3853,7 +3863,7 @@ def show_setup(
     for line, item in zip(table(items), items, strict=True):
         console.say(line, item.state)
     console.say("\nRules for the mail to come, where the sender is")
-    console.say("\n".join(f"  {line}" for line in table(rules)) + "\n")
+    console.say("\n".join(table(rules, indent="  ")) + "\n")
     for line in last:
         console.say(line)
 
@@ -4060,7 +4070,7 @@ examples:
 
 exit status:
   0    done, or stopped as asked
-  1    a fault in the program (with a traceback), or a setup or reset that is not complete
+  1    a fault in the program (with a traceback), or setup or reset is not done
   2    settings, credentials, or an account that lacks something
   3    `run --once`: a sender could not be triaged, or the server not be reached
   130  setup or reset: stopped with Ctrl-C
