@@ -99,7 +99,7 @@ def reset(world: World) -> None:
 
 def by_mailroom(world: World) -> None:
     """Two senders that a Mailroom has triaged; then the user edits the contact of one."""
-    world.destroys = True
+    world.takes_back = True
     world.account.add_mailbox("@ToScreener")
     world.tap(f"Bob Smith <{BOB}>", "@ToFeed")
     world.tap(f"Eve <{EVE}>", "@ToBillboard")

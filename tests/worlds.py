@@ -294,7 +294,7 @@ class World:
         self.goal: Goal | None = None
         self._start: Goal | None = None
         self.removed: set[str] = set()
-        self.destroys = False
+        self.takes_back = False
         self.broken: list[str] = []
         for number, server in enumerate(self.servers):
             server.on_request = lambda _, request, number=number: self._met(number, request)
@@ -477,7 +477,7 @@ class World:
 
     def check(self) -> None:
         assert not self.broken, self.broken[:3]
-        check_account(self.mail, self.removed, self.destroys)
+        check_account(self.mail, self.removed, takes_back=self.takes_back)
         assert all(server.crashes == [] for server in self.servers)
 
 
