@@ -8,8 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import gevent
 import gevent.os
@@ -70,6 +70,15 @@ class Program:
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
+
+    def interrupt(self, how: Callable[[], object]) -> int:
+        """As people do, again if it goes on: Python misses a signal between its last look and the
+        system call that then blocks. The status."""
+        for _ in range(5):
+            how()
+            with suppress(subprocess.TimeoutExpired):
+                return self.started.wait(SECONDS / 5)
+        raise AssertionError("it goes on")
 
     def read(self, goal: str = "") -> str:
         """What is shown until it has the goal, or to the end."""
@@ -279,9 +288,8 @@ def test_any_other_answer_changes_nothing(home: EmbeddedHome, typed: str, status
     before, writes = homes.snapshot(home), len(home.mail.writes)
     with Program(home, "reset", "--apply").on_terminal() as program:
         program.read('Type "reset" to go on: ')
-        program.type(typed)
+        assert program.interrupt(lambda: program.type(typed)) == status
         shown = program.read()
-        assert program.status() == status
     assert "Traceback" not in shown
     assert (status == 0) == shown.endswith("Nothing has been changed.\n"), shown
     assert (homes.snapshot(home), len(home.mail.writes)) == (before, writes)
@@ -318,6 +326,7 @@ def test_where_no_one_can_be_asked_it_refuses(home: EmbeddedHome) -> None:
     [
         ("setup",),
         ("setup", "--json"),
+        ("setup", "--sieve"),
         ("reset",),
         ("run", "--once", "--dry-run"),
         ("run", "--dry-run"),
@@ -362,15 +371,13 @@ def test_who_is_interrupted_ends_quietly(
     if watched:
         with program.on_terminal():
             home.mail.wait_for(lambda: hang.fired, SECONDS)
-            program.type("\x03")
+            assert program.interrupt(lambda: program.type("\x03")) == 130
             shown = program.read().replace("^C", "")
-            assert program.status() == 130
     else:
         with program.in_pipes():
             home.mail.wait_for(lambda: hang.fired, SECONDS)
-            program.started.send_signal(signal.SIGINT)
+            assert program.interrupt(lambda: program.started.send_signal(signal.SIGINT)) == 130
             shown = "".join(program.outputs())
-        assert program.status() == 130
     assert shown == ""
 
 

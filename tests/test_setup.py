@@ -147,8 +147,8 @@ def test_it_keeps_to_the_limits(home: EmbeddedHome) -> None:
 @two_stores
 def test_json_has_the_whole_plan(home: EmbeddedHome) -> None:
     plan = json.loads(run(home, "setup", "--json").out)
-    assert plan.keys() == {"account", "items", "problems", "verdict"}
-    assert plan["problems"] == []
+    assert plan.keys() == {"account", "items", "rules", "told"}
+    assert plan["rules"]["in the group Jail"] == "Jail, skip the Inbox"
     assert {each["state"] for each in plan["items"]} == {"missing"}
     assert {each["name"] for each in plan["items"] if each["kind"] == "contact group"} == GROUPS
     assert {each["name"] for each in plan["items"] if each["kind"] != "contact group"} == BOXES
@@ -156,7 +156,7 @@ def test_json_has_the_whole_plan(home: EmbeddedHome) -> None:
     assert set(items(run(home, *APPLY, "--json").out).values()) == {"made"}
     ran = run(home, "setup", "--json")
     assert set(items(ran.out).values()) == {"there"}
-    assert json.loads(ran.out)["verdict"] == NOTHING
+    assert json.loads(ran.out)["told"] == [NOTHING]
 
 
 def test_the_session_is_told_in_words(home: EmbeddedHome) -> None:
@@ -168,7 +168,7 @@ def test_the_session_is_told_in_words(home: EmbeddedHome) -> None:
     is_jmap = "carddav_url" not in home.settings
     assert facts["contacts"].startswith("over JMAP" if is_jmap else "over CardDAV, http://")
     assert "1,234 objects a get, 77 a set" in facts["limits"]
-    assert facts["token"] == "may write mail"
+    assert facts["token"] == "may write mail" + is_jmap * " and contacts"
     home.mail.options.push = None
     home.mail.options.sieve = True
     facts = json.loads(run(home, "setup", "--json").out)["account"]
@@ -209,7 +209,7 @@ def test_an_account_that_mailroom_cannot_work_on(
         assert [line.partition(":")[0] for line in problems] == said
         assert verdict == "Mailroom cannot work like that. Nothing has been changed."
         plan = json.loads(run(home, *arguments, "--json").out)
-        assert [line.partition(":")[0] for line in plan["problems"]] == said
+        assert [line.partition(":")[0] for line in plan["told"]] == [*said, verdict]
 
 
 def test_what_it_cannot_even_look_at_is_one_line() -> None:
@@ -249,7 +249,7 @@ def test_a_mailbox_that_is_refused_is_told_and_the_rest_is_made() -> None:
         plan = json.loads(ran.out)
         [refused] = [each for each in plan["items"] if each["state"] == "refused"]
         assert (refused["kind"], refused["purpose"]) == ("mailbox", "forbidden not this one")
-        assert plan["verdict"].startswith("1 thing could not be made.")
+        assert plan["told"][0].startswith("1 thing could not be made.")
         assert home.boxes().keys() == BOXES - {refused["name"]} | WITHOUT
         assert groups(home) == sorted(GROUPS)
         ran = run(home, *APPLY)
