@@ -781,15 +781,15 @@ def as_made(
     groups: Iterable[Card],
     untouched: Collection[str],
 ) -> set[str]:
-    """The uids of the contacts that nobody has touched since Mailroom made them: the note has no
+    """The refs of the contacts that nobody has touched since Mailroom made them: the note has no
     other line, the name is one that the sender's mails give, and no group of the user's has them.
-    `groups`: those of the user; `untouched`: the uids of the cards that Mailroom made and in which
-    the store has found nothing more."""
+    `groups`: those of the user; `untouched`: the refs of the cards that Mailroom made and in which
+    the store has found nothing more. A copy in another address book has the same uid."""
     grouped = {uid for group in groups for uid in group.members}
     return {
-        card.uid
+        card.ref
         for card in cards
-        if card.uid in untouched and card.uid not in grouped
+        if card.ref in untouched and card.uid not in grouped
         if not any(map(clean_note, card.notes.values()))
         if any(card.name in names.get(address, ()) for address in card.emails)
     }
@@ -798,7 +798,7 @@ def as_made(
 def take_back(card: Card, gone: Collection[str]) -> CardChange:
     """What becomes of a contact when triage is taken back: one that Mailroom made and nobody has
     touched goes, any other loses Mailroom's lines in its notes."""
-    return CardChange(card.uid, card, destroy=card.uid in gone, clean=card.uid not in gone)
+    return CardChange(card.uid, card, destroy=card.ref in gone, clean=card.ref not in gone)
 
 
 def plan_undo(
@@ -1519,7 +1519,7 @@ class JMAPContacts:
         return "create", f"new-{uuid.UUID(change.uid)}", card
 
     def untouched(self, cards: Collection[Card]) -> frozenset[str]:
-        """The uids of those cards that hold nothing but what Mailroom puts into a new one. Whoever
+        """The refs of those cards that hold nothing but what Mailroom puts into a new one. Whoever
         writes to one of them later makes `apply` fail. Raises ServerError."""
         ids = [card.ref for card in cards]
         most = self._client.limits["maxObjectsInGet"]
@@ -1528,7 +1528,7 @@ class JMAPContacts:
         for [answer] in self._client.send([[get] for get in gets]):
             with understood("ContactCard/get"):
                 raws = expect(answer)["list"]
-                found |= {raw["uid"] for raw in raws if jmap_is_untouched(raw, self._address_book)}
+                found |= {raw["id"] for raw in raws if jmap_is_untouched(raw, self._address_book)}
         return frozenset(found)
 
 
@@ -2006,7 +2006,7 @@ class CardDAVContacts:
         return refused
 
     def untouched(self, cards: Collection[Card]) -> frozenset[str]:
-        """The uids of those cards that hold nothing but what Mailroom puts into a new one. What
+        """The refs of those cards that hold nothing but what Mailroom puts into a new one. What
         they are destroyed by later is the version seen here. Raises ServerError."""
         found = set()
         for card in cards:
@@ -2016,7 +2016,7 @@ class CardDAVContacts:
                 raise ServerError(f"{card.ref} answers {text}", answered=True)
             if vcard_is_untouched(text):
                 self._etags[card.ref] = etag
-                found.add(card.uid)
+                found.add(card.ref)
         return frozenset(found)
 
     def _carry_out(self, change: CardChange) -> str:
@@ -3910,7 +3910,7 @@ def plan_reset(
     the names that the senders have given. `untouched`: see `as_made`."""
     groups = [
         CardChange(card.uid, card, destroy=True)
-        if card.uid in untouched and not card.notes
+        if card.ref in untouched and not card.notes
         else CardChange(card.uid, card, remove=card.members)
         for card in cards
         if rules.is_own(card)
@@ -3925,7 +3925,7 @@ def plan_reset(
         groups=tuple(change for change in groups if change.destroy or change.remove),
         contacts=tuple(take_back(card, gone) for card in noted),
         mails={mail.id: patch for mail in mails if (patch := reset_patch(mail, boxes))},
-        kept=tuple(c for c in noted if CREATED_NOTE in c.note_lines and c.uid not in gone),
+        kept=tuple(c for c in noted if CREATED_NOTE in c.note_lines and c.ref not in gone),
     )
 
 
@@ -3953,7 +3953,7 @@ class Reset:
         made = [card for card in cards if was_made(card) and (rules.is_own(card) or card.emails)]
         untouched = self._contacts.untouched(made)
         names = names_given(mails)
-        senders = {each for card in made if card.uid in untouched for each in card.emails}
+        senders = {each for card in made if card.ref in untouched for each in card.emails}
         names |= self._names_elsewhere(senders - names.keys())
         return plan_reset(cards, mails, names, rules, boxes, untouched)
 

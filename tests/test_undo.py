@@ -392,6 +392,27 @@ def test_who_was_put_into_another_address_book_is_kept(way: str) -> None:
 
 
 @ways
+@pytest.mark.parametrize("name", ["a-first", "second"])  # before and behind the other book
+def test_a_copy_in_another_address_book_is_a_card_of_its_own(
+    radicale: RadicaleServer, name: str, way: str
+) -> None:
+    """It has the same uid, and here a telephone number that the other has not."""
+    with embedded_home("radicale", lambda: radicale) as home:
+        uid = with_bob_in_feed(home)
+        text = home.book.get(home.book.url_of(uid)).replace("END:VCARD", "TEL:1\r\nEND:VCARD")
+        second = radicale.make_addressbook(name)
+        try:
+            home.book.ask("PUT", f"{second}copy.vcf", text, Content_Type="text/vcard")
+            take_back(home, way)
+            copy = home.book.ask("GET", f"{second}copy.vcf").text
+        finally:
+            radicale.http.delete(second).raise_for_status()
+        assert "TEL:1" in copy
+        assert "NOTE" not in copy
+        assert not any(uid in card.members for card in home.book.seen().values())
+
+
+@ways
 @two_stores
 @pytest.mark.parametrize("address", homes.ADOPTED)
 def test_an_adopted_contact_is_as_it_was(home: EmbeddedHome, way: str, address: str) -> None:
