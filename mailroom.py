@@ -699,7 +699,7 @@ def group_uid(name: str, taken: Collection[str] = ()) -> str:
     return next(uid for uid in own_uids(f"group:{name}") if uid not in taken)
 
 
-def clean_note(text: str, newline: str = "\n") -> str:
+def clean_note(text: str, newline: str = r"\r?\n") -> str:
     """A note without Mailroom's lines. `newline`: a pattern for what ends a line."""
     own = rf"(?:{CREATED_NOTE}|Triaged to (?:(?!{newline}).)+? on \d{{4}}-\d\d-\d\d)"
     return re.sub(rf"\A(?:{own}(?:{newline}|\Z))+|{newline}{own}(?={newline}|\Z)", "", text)

@@ -21,20 +21,26 @@ from mailroom import (
     MailPatch,
     Rules,
     SenderPlan,
+    as_made,
+    clean_note,
     contact_uid,
     error_patches,
     find_contact,
     full_name,
+    group_uid,
     mail_patch,
     name_differs,
+    names_given,
     parse_categories,
     parse_mail,
     plan_contact,
     plan_groups,
     plan_mails,
     plan_sender,
+    reset_patch,
     sort_queue,
     split_name,
+    was_made,
 )
 
 TODAY = date(2025, 3, 4)
@@ -254,6 +260,167 @@ def test_plan_mails(category: str, boxes: str, refiled: str, finished: str) -> N
     assert after.mailboxes == (split(refiled) - {label} if finished == "+ -" else split(finished))
     again, last = plan_mails([after], family(BY_NAME[category]), BOXES, warn=False)
     assert (again["1"], last["1"]) == ({}, {})
+
+
+UNDO = Category("", "@ToScreener", "", "Screener")
+UNDO_BOXES = replace(
+    BOXES,
+    labels={**BOXES.labels, "@ToScreener": UNDO},
+    destinations={**BOXES.destinations, "": "Screener"},
+)
+
+
+def boxes_of(text: str) -> set[str]:
+    return {box.replace("_", " ") for box in text.split()}
+
+
+@pytest.mark.parametrize(
+    ("boxes", "after"),
+    [
+        ("@ToScreener Feed", "Screener"),
+        ("@ToScreener Feed Mine", "Screener Mine"),
+        ("@ToScreener Screener", "Screener"),
+        ("@ToScreener", "Screener"),
+        ("@ToScreener Inbox", "Screener Inbox"),
+        ("Billboard Paper_Trail", "Screener"),
+        ("Feed @Error @Warning", "Screener"),
+        ("Feed Trash", "Screener Trash"),
+        *((box, box) for box in ("Inbox", "Mine", "Trash", "Sent", "Screener", "@ToJail")),
+        # Out of the Inbox where the category brings mails there, which an ancestor does not.
+        ("Imbox Inbox", "Screener"),
+        ("Imbox Inbox Mine", "Screener Mine"),
+        ("Feed Inbox", "Screener Inbox"),
+        ("Person Imbox Inbox", "Screener Inbox"),
+        ("Person Inbox", "Screener Inbox"),
+        ("Imbox Feed Inbox", "Screener"),
+    ],
+)
+def test_plan_mails_of_an_undo(boxes: str, after: str) -> None:
+    one = mail("1", *boxes_of(boxes))
+    refile, finish = plan_mails([one], [UNDO], UNDO_BOXES, warn=False)
+    between = one.patched(refile["1"])
+    assert ("@ToScreener" in boxes) == ("@ToScreener" in between.mailboxes)
+    done = between.patched(finish["1"])
+    assert done.mailboxes == boxes_of(after)
+    again, last = plan_mails([done], [UNDO], UNDO_BOXES, warn=False)
+    assert (again["1"], last["1"]) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("boxes", "after"),
+    [
+        ("Feed", "Screener"),
+        ("Billboard Paper_Trail Mine", "Screener Mine"),
+        ("Imbox Inbox", "Screener"),
+        ("Person Imbox Inbox", "Screener Inbox"),
+        ("Feed Inbox @ToJail", "Screener Inbox"),
+        ("Inbox @ToJail @Warning @Error", "Inbox"),
+        ("@ToJail", "Screener"),
+        ("@ToJail @ToScreener @Warning @Error", "Screener"),
+        *((box, box) for box in ("Inbox", "Mine", "Trash", "Sent", "Screener")),
+    ],
+)
+def test_reset_patch(boxes: str, after: str) -> None:
+    one = mail("1", *boxes_of(boxes))
+    done = one.patched(reset_patch(one, UNDO_BOXES))
+    assert done.mailboxes == boxes_of(after)
+    assert reset_patch(done, UNDO_BOXES) == {}
+
+
+@given(
+    st.sets(
+        st.sampled_from(["Inbox", "Mine", "Screener", "Feed", "Imbox", *UNDO_BOXES.queue]),
+        min_size=1,
+    )
+)
+def test_a_reset_leaves_no_mail_nowhere(boxes: set[str]) -> None:
+    one = mail("1", *boxes)
+    patch = reset_patch(one, UNDO_BOXES)
+    done = one.patched(patch)
+    assert done.mailboxes
+    assert not patch or any(patch.get(f"mailboxIds/{box}") for box in done.mailboxes)
+
+
+MADE = f"{CREATED_NOTE}\n{TRIAGED}"
+
+
+@pytest.mark.parametrize(
+    ("note", "cleaned"),
+    [
+        ("", ""),
+        (MADE, ""),
+        (f"{MADE}\nTriaged to Paper Trail on 2025-12-31", ""),
+        (f"Mine\n{MADE}", "Mine"),
+        (f"{MADE}\nMine", "Mine"),
+        (f"{MADE}\nMine\n{TRIAGED}\nMore", "Mine\nMore"),
+        (f"\n{TRIAGED}", ""),
+        (f"{TRIAGED}\n\nMine", "\nMine"),
+        (f"Mine\n\n{TRIAGED}", "Mine\n"),
+        (f"Mine\r\n{CREATED_NOTE}\r\n{TRIAGED}\r\nMore", "Mine\r\nMore"),
+        (f"{CREATED_NOTE}\r\n{TRIAGED}", ""),
+        ("Triaged to A on B on 2025-01-01", ""),
+        *(
+            (line, line)
+            for line in (
+                "Mine",
+                "Mine\n",
+                f"{CREATED_NOTE} and me",
+                f" {TRIAGED}",
+                f"{TRIAGED}.",
+                "Triaged to Feed",
+                "Triaged to Feed\non 2025-03-04",
+                "Triaged to  on 2025-1-1",
+            )
+        ),
+    ],
+)
+def test_clean_note(note: str, cleaned: str) -> None:
+    assert clean_note(note) == cleaned
+    assert clean_note(cleaned) == cleaned
+
+
+@given(st.text(st.sampled_from("ab \n\\.")), st.sampled_from([TRIAGED, MADE]))
+def test_a_note_that_grew_is_as_it_was(note: str, added: str) -> None:
+    assert clean_note("\n".join(filter(None, [note, added]))) == note
+
+
+@pytest.mark.parametrize(
+    ("change", "is_made"),
+    [
+        ({}, True),
+        ({"name": "Robert"}, False),
+        ({"name": BOB}, False),
+        ({"notes": {"n": f"{MADE}\nMine"}}, False),
+        ({"notes": {"n": MADE, "o": "Mine"}}, False),
+        ({"notes": {"n": MADE, "o": ""}}, True),
+    ],
+)
+def test_what_is_as_it_was_made(change: dict[str, Any], is_made: bool) -> None:
+    uid = contact_uid(BOB)
+    card = replace(contact(uid, notes={"n": MADE}), **change)
+    expected = {uid} if is_made else set()
+    given = names_given([mail("1", "Feed")])
+    assert as_made([card], given, [], {uid}) == expected
+    assert as_made([card], given, [], set()) == set()
+    assert as_made([card], given, [group("Friends", uid)], {uid}) == set()
+    assert as_made([card], {}, [], {uid}) == set()
+
+
+@pytest.mark.parametrize(
+    ("card", "made"),
+    [
+        (contact(contact_uid(BOB), notes={"n": MADE}), True),
+        (contact(contact_uid(BOB, {contact_uid(BOB)}), notes={"n": MADE}), True),
+        (contact(contact_uid(BOB), notes={"n": TRIAGED}), False),
+        (contact(contact_uid("eve@evil.example"), notes={"n": MADE}), False),
+        (contact("c1", notes={"n": MADE}), False),
+        (group("Feed", uid=group_uid("Feed")), True),
+        (group("Fodder", uid=group_uid("Feed")), False),
+        (group("Feed"), False),
+    ],
+)
+def test_was_made(card: Card, made: bool) -> None:
+    assert was_made(card) == made
 
 
 def test_the_warning_goes_on_the_tapped_mails_only() -> None:
