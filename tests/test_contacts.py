@@ -7,6 +7,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from mailroom import (
     canonical_uid,
     contact_uid,
     credentials,
+    group_uid,
     vcard_lines,
 )
 
@@ -91,7 +93,7 @@ class Wire:
 
 
 def is_write(request: requests.PreparedRequest) -> bool:
-    return request.method == "PUT" or b'/set"' in (request.body or b"")
+    return request.method in ("PUT", "DELETE") or b'/set"' in (request.body or b"")
 
 
 @pytest.fixture
@@ -305,6 +307,67 @@ def test_a_card_that_is_deleted_in_between_stays_deleted(book: Book, wire: Wire,
     with suppress(mailroom.MethodError):
         assert book.contacts.apply([CardChange(uid, card, **change)]).keys() == {uid}
     assert book.seen().keys() == {bob, feed} - {uid}
+
+
+# ------------------------------------------------------------------------------- taken back
+
+
+@pytest.mark.parametrize("kind", ["person", "company", "group"])
+def test_what_nobody_has_touched_is_known_and_goes(book: Book, wire: Wire, kind: str) -> None:
+    made = replace(new_contact(BOB, "Bob Smith"), kind=kind)
+    if kind == "group":
+        made = CardChange(group_uid("Feed"), name="Feed", kind=kind)
+    eve = book.add(EVE, name="Eve")
+    book.read()
+    assert book.contacts.apply([made]) == {}
+    card = card_of(book.read(BOB), made.uid)
+    writes = len(wire.writes)
+    assert book.contacts.untouched([card]) == {card.ref}
+    assert len(wire.writes) == writes
+    assert book.contacts.apply([CardChange(card.uid, card, destroy=True)]) == {}
+    assert book.seen().keys() == {eve}
+
+
+def test_what_is_the_users_or_touched_is_known(book: Book) -> None:
+    book.add(BOB, name="Bob", note=f"{CREATED_NOTE}")
+    book.read()
+    assert book.contacts.apply([new_contact(EVE, "Eve")]) == {}
+    book.meddle(contact_uid(EVE))
+    cards = [card for card in book.read(BOB, EVE) if not card.is_group]
+    touched = [card for card in cards if card.uid == contact_uid(EVE)]
+    assert len(cards) == 2
+    assert book.contacts.untouched(touched) == set()
+
+
+def test_what_is_touched_after_it_was_looked_at_does_not_go(book: Book, wire: Wire) -> None:
+    book.read()
+    assert book.contacts.apply([new_contact(BOB, "Bob")]) == {}
+    card = card_of(book.read(BOB), contact_uid(BOB))
+    assert book.contacts.untouched([card]) == {card.ref}
+    wire.before_write = lambda: book.meddle(card.uid)
+    with suppress(mailroom.MethodError):
+        assert book.contacts.apply([CardChange(card.uid, card, destroy=True)]).keys() == {card.uid}
+    assert book.seen()[card.uid].phones == {PHONE}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (f"{CREATED_NOTE}\n{TRIAGED}", ""),
+        (f"One\\; two\\, three\n{TRIAGED}\nand more", "One; two, three\nand more"),
+        (f"{TRIAGED}\n" + "x" * 200, "x" * 200),
+        ("Mine", "Mine"),
+    ],
+    ids=["all", "some", "long", "none"],
+)
+def test_a_note_is_cleaned(book: Book, wire: Wire, before: str, after: str) -> None:
+    uid = book.add(BOB, note=before.replace("\\", "") if isinstance(book, JMAPBook) else before)
+    assert edit(book, uid, clean=True) == {}
+    assert book.seen()[uid] == Seen("Bob", frozenset({BOB}), after)
+    writes = len(wire.writes)
+    assert writes == (after != "Mine")
+    assert edit(book, uid, clean=True) == {}
+    assert len(wire.writes) == writes
 
 
 # ------------------------------------------------------------------------------- CardDAV itself

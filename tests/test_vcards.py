@@ -23,8 +23,10 @@ from mailroom import (
     plan_contact,
     vcard_card,
     vcard_fold,
+    vcard_is_untouched,
     vcard_lines,
     vcard_property,
+    vcard_unfold,
 )
 
 BOB = "urn:uuid:5f6b2c1e-0000-4000-8000-00000000000b"
@@ -181,6 +183,7 @@ JOIN = CardChange("g", add=frozenset({BOB}))
 LEAVE = CardChange("g", remove=frozenset({BOB}))
 NOTE = CardChange("b", note=(TRIAGED,))
 NAME = CardChange("b", name="Bob")
+CLEAN = CardChange("b", clean=True)
 APPLE, V4 = "X-ADDRESSBOOKSERVER-KIND:group", "KIND:group"
 A_MEMBER, MEMBER = "X-ADDRESSBOOKSERVER-MEMBER", "MEMBER"
 QP_NOTE = ["NOTE;ENCODING=QUOTED-PRINTABLE;CHARSET=UTF-8:caf=C3=A9=0D=0A=", "end"]
@@ -236,6 +239,20 @@ EDITS: dict[str, tuple[CardChange, list[str], list[str]]] = {
         ["NOTE:x"],
         ["NOTE:x", r" \na\,b\nc"],
     ),
+    "clean, nothing to": (CLEAN, ["NOTE;X=1:a", " b"], ["NOTE;X=1:a", " b"]),
+    "clean, nothing left": (CLEAN, [f"NOTE:{MADE}", "FN:B"], ["FN:B"]),
+    "clean, folded": (CLEAN, ["i.NOTE;X=1:O", "  ld", f" \\n{TRIAGED}"], ["i.NOTE;X=1:O ld"]),
+    "clean, before and behind": (
+        CLEAN,
+        [rf"NOTE:{MADE}\na\, b\nCreated by Mailroom\Nc\n{TRIAGED}"],
+        [r"NOTE:a\, b\Nc"],
+    ),
+    "clean, a comma": (CLEAN, [r"NOTE:Triaged to A\, B on 2025-01-01", "FN:B"], ["FN:B"]),
+    "clean, all notes": (CLEAN, [f"NOTE:{TRIAGED}", f"NOTE:a\\n{TRIAGED}"], ["NOTE:a"]),
+    "clean, an empty note": (CLEAN, ["NOTE:", "FN:B"], ["NOTE:", "FN:B"]),
+    "clean, quoted-printable": (CLEAN, QP_NOTE, QP_NOTE),
+    "clean, other words": (CLEAN, [f"NOTE:{TRIAGED}."], [f"NOTE:{TRIAGED}."]),
+    "clean, notes only": (CLEAN, [f"TITLE:{TRIAGED}"], [f"TITLE:{TRIAGED}"]),
     "name, none yet": (NAME, ["N:;;;;"], ["N:;;;;", "FN:Bob"]),
     "name, empty": (NAME, ["FN: ", "N:;;;;"], ["N:;;;;", "FN:Bob"]),
     "name, there": (NAME, ["FN:Robert", "N:;;;;"], ["FN:Robert", "N:;;;;"]),
@@ -482,3 +499,60 @@ def test_no_text_writes_a_property_of_its_own(
     except UnicodeEncodeError:  # a lone surrogate is no text that could be sent
         return
     assert names_in(written) <= allowed
+
+
+# ------------------------------------------------------------------------------- taken back
+
+
+@given(
+    st.lists(ANY_TEXT.filter(lambda line: "\n" not in line)),
+    st.lists(st.sampled_from([TRIAGED, "Triaged to Paper Trail on 2025-12-31"]), min_size=1),
+    st.sampled_from(["\r\n", "\n"]),
+)
+@example(["NOTE:a", " b"], [TRIAGED], "\n")
+@example(["NOTE;X=1:"], [TRIAGED], "\r\n")
+@example(["NOTE:a\\"], [TRIAGED], "\r\n")
+def test_a_card_that_grew_is_as_it_was(lines: list[str], added: list[str], eol: str) -> None:
+    lines = [line for line in lines if vcard_property(line).name != "END"]
+    text = vcard(*lines, eol=eol)
+    grown = edit_vcard(text, CardChange("b", note=tuple(added)))
+    assert unfolded(edit_vcard(grown, CLEAN)) == unfolded(text)
+
+
+def unfolded(text: str) -> list[str]:
+    return [vcard_unfold(line) for line in vcard_lines(text)]
+
+
+MADE_CARDS = [
+    CardChange(BOB, name=name, kind=kind, address=address, note=("Created by Mailroom", TRIAGED))
+    for name in ("Bob Smith", "b@x.example", "B\u00f6b; \U0001f600, Inc.", ("Bob " * 40).strip())
+    for kind in ("person", "company")
+    for address in ("b@x.example", "o'b+c@x.example")
+]
+
+
+@pytest.mark.parametrize("made", MADE_CARDS, ids=lambda made: f"{made.kind} {made.name[:12]}")
+def test_a_card_as_it_was_made_is_untouched_and_no_other(made: CardChange) -> None:
+    text = new_vcard(made)
+    assert vcard_is_untouched(text)
+    # A server may leave out, put in order, fold and note as it likes.
+    lines = sorted(unfolded(text)[1:-1])
+    served = [line for line in lines if not line.startswith(("PRODID", "X-ABSHOWAS"))]
+    assert vcard_is_untouched(vcard(*served[:-1], "REV:20250101T000000Z", "PRODID:other", eol="\n"))
+    cleaned = edit_vcard(text, CLEAN)
+    assert vcard_is_untouched(cleaned)
+    for line in ("TEL:1", "NICKNAME:B", "EMAIL:c@x.example", "X-A:1", "KIND:location", "FN:C"):
+        assert not vcard_is_untouched(text.replace("END:", f"{line}\r\nEND:")), line
+    assert not vcard_is_untouched(text.replace("EMAIL;TYPE=INTERNET", "EMAIL;TYPE=WORK"))
+
+
+def test_a_group_as_it_was_made_is_untouched_whoever_is_in_it() -> None:
+    text = new_vcard(CardChange(BOB, name="Paper; Trail", kind="group"))
+    member = edit_vcard(text, CardChange(BOB, add=frozenset({EVE})))
+    assert vcard_is_untouched(text)
+    assert vcard_is_untouched(member)
+    assert not vcard_is_untouched(member.replace("END:", "TITLE:x\r\nEND:"))
+
+
+def test_a_card_without_a_uid_is_not_judged() -> None:
+    assert not vcard_is_untouched(vcard("FN:Bob"))
