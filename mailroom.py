@@ -3973,7 +3973,8 @@ class Reset:
     def carry_out(self, plan: ResetPlan) -> list[str]:
         """Carry out a plan; a line for each thing that was refused. Raises ServerError."""
         refused = self._change_cards(plan.groups, "groups")
-        stuck = {uid for each in plan.groups if each.uid in refused for uid in each.remove}
+        left = [each.card for each in plan.groups if each.card and each.uid in refused]
+        stuck = {uid for group in left for uid in group.members}
         going = [change for change in plan.contacts if change.uid not in stuck]
         refused |= self._change_cards(going, "contacts")
         refused |= self._file(plan.mails)

@@ -228,6 +228,7 @@ def test_a_group_that_cannot_be_emptied_keeps_its_contacts(home: EmbeddedHome) -
     group = home.account.group_id("Imbox")
     home.mail.faults = [Fault(sets_contacts, refuse={group: {"type": "forbidden"}})]
     assert run(home, *APPLY).status == 1
+    assert {card.name for card in home.book.seen().values()} >= {"Bob", "Tea", "Eve", "Imbox"}
     assert run(home, *APPLY).status == 0
     assert home.where() == AFTER
     assert {card.name for card in home.book.seen().values()} == {"Tea", "Eve", "Friends"}
