@@ -282,6 +282,10 @@ def test_one_kind_that_fails_does_not_keep_the_other_from_being_made(
             states["ContactCard/set" if kind == "contact group" else "Mailbox/set"].add(state)
         other = next(each for each in ("Mailbox/set", "ContactCard/set") if each != method)
         assert states == {method: {"refused"}, other: {"made"}}
+        if method == "Mailbox/set":
+            assert groups(home) == sorted(GROUPS)
+        else:
+            assert home.boxes().keys() == BOXES | WITHOUT
         ran = run(home, *APPLY)
         assert ran.status == 0, ran
         check_complete(home)

@@ -563,6 +563,23 @@ def test_a_set_that_is_refused_is_made_up_for(refusal: str, nth: int) -> None:
         assert seen(scene) == before
 
 
+def test_a_contact_that_cannot_leave_a_group_does_not_go() -> None:
+    """Or its uid would stay behind."""
+    with Scene(takes_back=True) as scene:
+        mails = scene.new_sender(FROM_BOB, 2)
+        before = seen(scene)
+        scene.tap(mails[0], "@ToFeed")
+        scene.cycle()
+        scene.tap(mails[0], UNDO)
+        refuse = {scene.account.group_id("Feed"): {"type": "forbidden"}}
+        scene.server.faults = [Fault("ContactCard/set", refuse=refuse)]
+        assert scene.cycle().keys() == {BOB}
+        assert scene.account.groups_of(BOB) == {"Feed"}
+        assert scene.boxes(mails) == [{"Feed", UNDO}, {"Feed"}]
+        assert scene.cycle() == {}
+        assert seen(scene) == before
+
+
 def test_what_is_refused_for_one_sender_is_done_for_the_others() -> None:
     with Scene(takes_back=True) as scene:
         bobs, eves = scene.new_sender(FROM_BOB, 2), scene.new_sender(FROM_EVE, 2)
