@@ -246,7 +246,7 @@ class Accidents(RuleBasedStateMachine):
 
 
 def test_accidents_in_any_order(long: bool) -> None:
-    examples: dict[str, Any] = {"max_examples": 60, "stateful_step_count": 30}
+    examples: dict[str, Any] = {"max_examples": 50, "stateful_step_count": 30}
     if long:
         examples = {"max_examples": 2000, "stateful_step_count": 60}
     run_state_machine_as_test(
