@@ -259,7 +259,7 @@ def points(requests: list[tuple[int, Request]], style: str, turn: int, long: boo
     for nth, (_, request) in enumerate(requests, 1):
         found += [Point(nth, "before"), Point(nth, "after")]
         found += [Point(nth, "between", call) for call in range(1, len(request.calls))]
-    few = 2 if style == "radicale" else 3
+    few = 1 if style == "radicale" else 3
     every = len(found) // few if not long else len(found) // 50 or 1
     return found[5 * turn % every :: every]
 
