@@ -231,7 +231,7 @@ def test_no_redirect_takes_the_password_to_another_host(method: str, status: int
         }
         with suppress(MailroomError):
             asks[method]()
-        assert peer.heads[-1].startswith(method.encode())
+        assert any(head.startswith(method.encode()) for head in peer.heads)
         assert not other.requests
 
 
