@@ -3060,8 +3060,6 @@ class HealthHandler(gevent.pywsgi.WSGIHandler):
             return super().read_request(raw_requestline)
         except (OSError, ValueError, HTTPException):
             return None
-        finally:
-            self.close_connection = True
 
 
 class Health:
@@ -3128,7 +3126,7 @@ class Health:
         page = pages.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "GET" else None
         missing = ("404 Not Found", "text/plain", "not found\n")
         status, media_type, body = page() if page else missing
-        start_response(status, [("Content-Type", media_type)])
+        start_response(status, [("Content-Type", media_type), ("Connection", "close")])
         return [body.encode()]
 
 

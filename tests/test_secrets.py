@@ -354,6 +354,15 @@ def test_the_port_survives_rubbish_and_tells_nothing(healthy: Running, name: str
     assert len(answer) < 2000
 
 
+def test_the_connection_is_closed_and_it_is_said(healthy: Running) -> None:
+    """A client that keeps connections would otherwise meet one that is closed."""
+    url = f"http://127.0.0.1:{healthy.settings.health_port}/healthz"
+    with requests.Session() as session:
+        session.trust_env = False
+        for _ in range(50):
+            assert session.get(url, timeout=5).headers["Connection"] == "close"
+
+
 SLOW = [b"", b"G", b"GET /healthz HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\n"]
 SLOW += [b"POST /healthz HTTP/1.1\r\nContent-Length: 999\r\n\r\nx"]
 
