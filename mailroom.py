@@ -2006,15 +2006,16 @@ class CardDAVContacts:
         return refused
 
     def untouched(self, cards: Collection[Card]) -> frozenset[str]:
-        """The refs of those cards that hold nothing but what Mailroom puts into a new one. What
-        they are destroyed by later is the version seen here. Raises ServerError."""
+        """The refs of those cards that hold nothing but what Mailroom puts into a new one, and are
+        as they were listed: the rules judge that. What they are destroyed by later is the version
+        seen here. Raises ServerError."""
         found = set()
         for card in cards:
             with understood(card.ref):
                 text, etag = self._get(card)
             if not etag:  # It would be taken for touched, and never be known as Mailroom's again.
                 raise ServerError(f"{card.ref} answers {text}", answered=True)
-            if vcard_is_untouched(text):
+            if vcard_is_untouched(text) and vcard_card(card.ref, text, card.created) == card:
                 self._etags[card.ref] = etag
                 found.add(card.ref)
         return frozenset(found)

@@ -339,6 +339,17 @@ def test_what_is_the_users_or_touched_is_known(book: Book) -> None:
     assert book.contacts.untouched(touched) == set()
 
 
+def test_what_is_noted_after_it_was_listed_is_touched(book: Book) -> None:
+    book.read()
+    assert book.contacts.apply([new_contact(BOB, "Bob")]) == {}
+    card = card_of(book.read(BOB), contact_uid(BOB))
+    book.twin().apply([CardChange(card.uid, card, note=("my uncle",))])
+    if card.ref in book.contacts.untouched([card]):  # then it cannot be destroyed any more
+        with pytest.raises(mailroom.MethodError, match="stateMismatch"):
+            book.contacts.apply([CardChange(card.uid, card, destroy=True)])
+    assert "my uncle" in book.seen()[card.uid].note
+
+
 def test_what_is_touched_after_it_was_looked_at_does_not_go(book: Book, wire: Wire) -> None:
     book.read()
     assert book.contacts.apply([new_contact(BOB, "Bob")]) == {}
