@@ -4159,6 +4159,9 @@ def perform(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status, or SystemExit where that is argparse's."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this has closed it
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (open to the end)
     # Or gevent would print it.
     gevent.get_hub().NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
     try:

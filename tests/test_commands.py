@@ -319,6 +319,16 @@ def test_where_no_one_can_be_asked_it_refuses(home: EmbeddedHome) -> None:
     assert "Type" not in out
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_it_needs_none_of_its_streams(home: EmbeddedHome, closed: str) -> None:
+    furnish(home)
+    program = Program(home, "reset", "--apply")
+    program.arguments = ["sh", "-c", f'"$@" {closed}', "sh", *program.arguments]
+    status, _, err = program.piped()
+    refused = "mailroom: there is no terminal to confirm it at: give --yes\n"
+    assert (status, err) == (2, "" if "2>" in closed else refused)
+
+
 # ------------------------------------------------------------------------------- a quiet end
 
 
