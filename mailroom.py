@@ -3589,7 +3589,6 @@ NO_SIEVE = (
 NOT_OURS = (
     "was not made by Mailroom and stays: put what `setup --sieve` prints into it, or deactivate it"
 )
-FASTMAIL_IMPORT = "import it at Fastmail, in Settings - Filters & Rules"
 
 
 def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, str]:
@@ -3656,13 +3655,14 @@ def setup_verdict(states: Counter[str], problems: Collection[str]) -> tuple[int,
     return 0, "There is nothing to do."
 
 
-def rule_rows(settings: MailroomSettings) -> list[tuple[str, str]]:
-    """(of whom, where to) for each rule that the account has to have."""
-    rows = []
+def rule_rows(settings: MailroomSettings) -> dict[str, str]:
+    """{of whom: where to} of the rules that the account has to have."""
+    ways: dict[str, list[str]] = defaultdict(list)
     for each in settings.triage_categories:
         inbox = "keep it in the Inbox" if each.add_to_inbox else "skip the Inbox"
-        rows.append((f"in the group {each.contact_group}", f"{each.destination_mailbox}, {inbox}"))
-    return [*rows, ("in no contact", f"{settings.screener_mailbox}, skip the Inbox")]
+        ways[f"in the group {each.contact_group}"].append(f"{each.destination_mailbox}, {inbox}")
+    ways["in no contact"].append(f"{settings.screener_mailbox}, skip the Inbox")
+    return {whom: "; ".join(where) for whom, where in ways.items()}
 
 
 def mailbox_paths(raws: Iterable[JSON]) -> dict[str, str]:
@@ -3758,8 +3758,9 @@ class Setup:
         there = {card.name: card.uid for card in self.cards if card.is_group}
         return {need.name: group_uid(need.name, taken) for need in self.groups} | there
 
-    def write_fastmail_rules(self, file: str) -> None:
-        """Write the rules for Fastmail's import. Raises ConfigurationError, ServerError."""
+    def write_fastmail_rules(self, file: str) -> str:
+        """Write the rules for Fastmail's import; what to do with them. Raises ConfigurationError,
+        ServerError."""
         tree = Query("Mailbox", None, ("id", "name", "parentId"), lambda raw: raw)
         paths = mailbox_paths(expect(self._client.fetch([tree])[1][0]))
         named = {name: paths.get(id_, name) for name, id_ in self.ids.items()}
@@ -3769,6 +3770,7 @@ class Setup:
                 json.dump(rules, opened, indent=2)
         except OSError as error:
             raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
+        return f"{file}: import it at Fastmail, in Settings - Filters & Rules."
 
     def sieve_script(self) -> str:
         """The Sieve script for this account. Raises ConfigurationError where the server's Sieve
@@ -3784,6 +3786,7 @@ class Setup:
         written; what was done. Raises ConfigurationError, ServerError."""
         if not self._client.account(SIEVE):
             raise ConfigurationError(NO_SIEVE)
+        self.read()
         script = self.sieve_script().replace("\n", "\r\n").encode()
         [[answer]] = self._client.send([[("SieveScript/get", {"ids": None})]])
         there, own = expect(answer), None
@@ -3831,22 +3834,20 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     items = setup_items([*work.boxes, *work.groups], needs, tried)
     status, verdict = setup_verdict(Counter(item.state for item in items), work.problems)
     told = [*work.problems, verdict]
-    if options.fastmail_rules:
-        work.write_fastmail_rules(options.fastmail_rules)
-        told.append(f"{options.fastmail_rules}: {FASTMAIL_IMPORT}.")
-    if options.sieve and status == 0:
-        try:
-            work.read()
+    try:
+        if options.fastmail_rules:
+            told.append(work.write_fastmail_rules(options.fastmail_rules))
+        if options.sieve and status == 0:
             told.append(work.install_sieve())
-        except MailroomError as error:
-            status = 1
-            told.append(str(error))
+    except MailroomError as error:  # What has been made is told all the same.
+        status = status or 1
+        told.append(str(error))
+    console, rules = Console(settings), rule_rows(settings)
     if options.json:
-        listed_items = [item._asdict() for item in items]
-        plan = {"account": facts, "items": listed_items, "rules": dict(rule_rows(settings))}
-        print(json.dumps({**plan, "told": told}, indent=2))
+        plan = {"account": facts, "items": [item._asdict() for item in items], "rules": rules}
+        console.say(json.dumps({**plan, "told": told}, indent=2))
     else:
-        show_setup(Console(settings), facts, items, rule_rows(settings), told)
+        show_setup(console, facts, items, rules, told)
     return status
 
 
@@ -3854,7 +3855,7 @@ def show_setup(
     console: Console,
     facts: Mapping[str, str],
     items: Sequence[Item],
-    rules: Iterable[Sequence[str]],
+    rules: Mapping[str, str],
     last: Iterable[str],
 ) -> None:
     """Print what there is, what the rules have to do, and what is to be done."""
@@ -3862,7 +3863,10 @@ def show_setup(
     for line, item in zip(table(items), items, strict=True):
         console.say(line, item.state)
     console.say("\nRules for the mail to come, where the sender is")
-    console.say("\n".join(table(rules, indent="  ")) + "\n")
+    console.say("\n".join(table(rules.items(), indent="  ")) + "\n")
+    for item in items:
+        if item.state == "refused":  # In full: the table may cut it short.
+            console.say(f"{item.kind} {item.name}: {item.purpose}", item.state)
     for line in last:
         console.say(line)
 

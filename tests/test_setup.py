@@ -291,6 +291,33 @@ def test_one_kind_that_fails_does_not_keep_the_other_from_being_made(
         check_complete(home)
 
 
+@pytest.mark.parametrize("arguments", [APPLY, (*APPLY, "--json")], ids=["text", "json"])
+def test_a_reason_is_told_in_full_but_for_secrets(arguments: tuple[str, ...]) -> None:
+    with embedded_home("fastmail", RadicaleServer) as home:
+        reason = f"the token {home.mail.options.token} may do much, " * 3 + "but not this"
+        refuse = {"*": {"type": "forbidden", "description": reason}}
+        home.mail.faults = [Fault("Mailbox/set", refuse=refuse)]
+        ran = run(home, *arguments)
+        assert ran.status == 1
+        assert ran.out.count(reason.replace(home.mail.options.token, "[secret]")) == len(BOXES)
+
+
+@on_jmap
+def test_what_was_made_is_told_where_the_rules_cannot_be_written(home: EmbeddedHome) -> None:
+    ran = run(home, *APPLY, "--fastmail-rules", "/nowhere/rules.json")
+    assert (ran.status, ran.err) == (1, "")
+    assert len(re.findall("^made +", ran.out, re.MULTILINE)) == len(BOXES) + len(GROUPS)
+    assert ran.out.endswith("--fastmail-rules '/nowhere/rules.json': No such file or directory\n")
+
+
+@on_jmap
+def test_no_rule_is_left_out_where_categories_share_a_group(home: EmbeddedHome) -> None:
+    kid = {"name": "Kid", "parent": "Feed", "contact_group": "Feed", "destination_mailbox": "Own"}
+    home.changes["triage_categories"] = ["Feed", kid]
+    plan = json.loads(run(home, "setup", "--json").out)
+    assert plan["rules"]["in the group Feed"] == "Feed, skip the Inbox; Own, skip the Inbox"
+
+
 @pytest.mark.parametrize("what", ["lost", "reply lost", "refused"])
 @pytest.mark.parametrize("home", ["radicale"], indirect=True)
 def test_a_contacts_server_in_trouble_is_told_for_each_group(home: EmbeddedHome, what: str) -> None:
