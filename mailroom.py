@@ -819,15 +819,20 @@ def plan_undo(
     )
 
 
+def groups_by_name(cards: Iterable[Card]) -> dict[str, Card]:
+    """{name: group}; of several with one name the first by uid."""
+    groups = (card for card in cards if card.is_group)
+    return {group.name: group for group in sorted(groups, key=lambda card: card.uid, reverse=True)}
+
+
 def plan_groups(
     uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
 ) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
     """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
-    managed one; where none is wanted, in none of Mailroom's. Of two groups with one name the first
-    is joined."""
+    managed one; where none is wanted, in none of Mailroom's."""
     now = [group for group in groups if uid in group.members]
     missing = set(wanted) - {group.name for group in now}
-    first = {group.name: group for group in sorted(groups, key=lambda group: group.uid)[::-1]}
+    first = groups_by_name(groups)
     left = rules.is_managed if wanted else rules.is_own
     leave = (group for group in now if left(group) and group.name not in wanted)
     return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
@@ -2558,10 +2563,6 @@ def purposes(categories: Iterable[Category], attribute: str) -> dict[str, str]:
     return {name: ", ".join(names) for name, names in named.items()}
 
 
-def group_names(cards: Iterable[Card]) -> set[str]:
-    return {card.name for card in cards if card.is_group}
-
-
 def missing(needs: Iterable[Need], there: Collection[str]) -> list[str]:
     """A line for each thing that the account lacks and Mailroom cannot do without."""
     return sorted(
@@ -2579,7 +2580,7 @@ def missing_mailboxes(ids: Mapping[str, str], settings: MailroomSettings) -> lis
 
 def missing_groups(cards: Iterable[Card], settings: MailroomSettings) -> list[str]:
     """A line for each contact group that the settings name and the account lacks."""
-    return missing(needed_groups(settings), group_names(cards))
+    return missing(needed_groups(settings), groups_by_name(cards))
 
 
 def rules_of(settings: MailroomSettings) -> Rules:
@@ -3718,7 +3719,7 @@ class Setup:
 
     def missing(self) -> list[Need]:
         """What the account lacks."""
-        names = group_names(self.cards)
+        names = groups_by_name(self.cards)
         lacking = [need for need in self.boxes if need.name not in self.ids]
         return lacking + [need for need in self.groups if need.name not in names]
 
@@ -3755,7 +3756,7 @@ class Setup:
     def _group_uids(self) -> dict[str, str]:
         """{name: uid} of the groups that there are, and will be."""
         taken = {card.uid for card in self.cards}
-        there = {card.name: card.uid for card in self.cards if card.is_group}
+        there = {name: group.uid for name, group in groups_by_name(self.cards).items()}
         return {need.name: group_uid(need.name, taken) for need in self.groups} | there
 
     def write_fastmail_rules(self, file: str) -> str:

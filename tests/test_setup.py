@@ -311,6 +311,23 @@ def test_what_was_made_is_told_where_the_rules_cannot_be_written(home: EmbeddedH
 
 
 @on_jmap
+def test_of_two_groups_with_one_name_the_rules_ask_the_one_that_is_joined(
+    home: EmbeddedHome,
+) -> None:
+    run(home, *APPLY)
+    uids = {home.book.add_group("Feed") for _ in range(8)}
+    home.deliver("Bob <bob@x.example>", "one")
+    home.tap("one", "@ToFeed")
+    once(home)
+    joined = {uid for uid, card in home.book.seen().items() if card.name == "Feed" and card.members}
+    script = run(home, "setup", "--sieve").out
+    assert len(uids) == 8
+    assert {uid for uid in home.book.seen() if uid in script and uid in uids} == joined & uids
+    assert len(joined) == 1
+    assert joined.pop() in script
+
+
+@on_jmap
 def test_no_rule_is_left_out_where_categories_share_a_group(home: EmbeddedHome) -> None:
     kid = {"name": "Kid", "parent": "Feed", "contact_group": "Feed", "destination_mailbox": "Own"}
     home.changes["triage_categories"] = ["Feed", kid]
