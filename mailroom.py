@@ -2530,20 +2530,16 @@ class Need(NamedTuple):
 def needed_mailboxes(settings: MailroomSettings) -> list[Need]:
     """The mailboxes that the settings name, beside the Inbox."""
     categories = settings.triage_categories
-    needs = [Need("mailbox", settings.screener_mailbox, "mail of strangers waits here")]
-    needs += [
-        Need("mailbox", name, f"mail of {listed}")
-        for name, listed in purposes(categories, "destination_mailbox").items()
+    destinations = purposes(categories, "destination_mailbox")
+    warning = Need("label", settings.label_mailroom_warning, "another name than expected")
+    return [
+        Need("mailbox", settings.screener_mailbox, "mail of strangers waits here"),
+        *(Need("mailbox", name, f"mail of {listed}") for name, listed in destinations.items()),
+        *(Need("label", each.label, f"triages a sender to {each.name}") for each in categories),
+        Need("label", settings.label_undo, "takes a triage back", optional=True),
+        Need("label", settings.label_mailroom_error, "what cannot be done"),
+        *([warning] if settings.warnings_enabled else []),
     ]
-    needs += [
-        Need("label", category.label, f"triages a sender to {category.name}")
-        for category in categories
-    ]
-    needs.append(Need("label", settings.label_undo, "takes a triage back", optional=True))
-    needs.append(Need("label", settings.label_mailroom_error, "what cannot be done"))
-    if settings.warnings_enabled:
-        needs.append(Need("label", settings.label_mailroom_warning, "another name than expected"))
-    return needs
 
 
 def needed_groups(settings: MailroomSettings) -> list[Need]:
@@ -2563,24 +2559,24 @@ def purposes(categories: Iterable[Category], attribute: str) -> dict[str, str]:
     return {name: ", ".join(names) for name, names in named.items()}
 
 
-def missing(needs: Iterable[Need], there: Collection[str]) -> list[str]:
-    """A line for each thing that the account lacks and Mailroom cannot do without."""
-    return sorted(
-        f"the account has no {need.kind} {need.name!r}: `setup --apply` makes it"
-        for need in needs
-        if need.name not in there and not need.optional
-    )
+def lacking(needs: Iterable[Need], there: Collection[str]) -> list[Need]:
+    """The needs of which nothing has the name."""
+    return [need for need in needs if need.name not in there]
 
 
-def missing_mailboxes(ids: Mapping[str, str], settings: MailroomSettings) -> list[str]:
-    """A line for each mailbox that the settings name and the account lacks."""
-    inbox = [Need("mailbox", "Inbox", "the Inbox")]
-    return missing([*inbox, *needed_mailboxes(settings)], ids)
+def check_complete(lacks: Iterable[Need]) -> None:
+    """Raises ConfigurationError with a line for each thing that Mailroom cannot do without."""
+    if needs := [need for need in lacks if not need.optional]:
+        named = sorted(f"{need.kind} {need.name!r}" for need in needs)
+        raise ConfigurationError(
+            *(f"the account has no {each}: `setup --apply` makes it" for each in named)
+        )
 
 
-def missing_groups(cards: Iterable[Card], settings: MailroomSettings) -> list[str]:
-    """A line for each contact group that the settings name and the account lacks."""
-    return missing(needed_groups(settings), groups_by_name(cards))
+def check_inbox(ids: Mapping[str, str]) -> None:
+    """Raises ConfigurationError for an account without an Inbox."""
+    if "Inbox" not in ids:
+        raise ConfigurationError("the account has no mailbox with the role of the Inbox")
 
 
 def rules_of(settings: MailroomSettings) -> Rules:
@@ -2590,8 +2586,8 @@ def rules_of(settings: MailroomSettings) -> Rules:
 
 def find_boxes(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
     """The mailboxes that the settings name. Raises ConfigurationError where some are missing."""
-    if missing := missing_mailboxes(ids, settings):
-        raise ConfigurationError(*missing)
+    check_inbox(ids)
+    check_complete(lacking(needed_mailboxes(settings), ids))
     boxes = boxes_there(ids, settings)
     return boxes if settings.warnings_enabled else replace(boxes, warning="")
 
@@ -2668,10 +2664,10 @@ class Triage:
         check_writable(self._client)
         self._contacts.prepare()
         ids, cards = read_account(self._client, self._contacts)
-        if missing := missing_mailboxes(ids, self._settings) + missing_groups(
-            cards, self._settings
-        ):
-            raise ConfigurationError(*missing)
+        check_complete(
+            lacking(needed_mailboxes(self._settings), ids)
+            + lacking(needed_groups(self._settings), groups_by_name(cards))
+        )
         self._boxes = find_boxes(ids, self._settings)
         self._mailboxes = self._mailbox_search(ids)
         logins = {self._settings.jmap_username, self._settings.carddav_username}
@@ -2784,8 +2780,7 @@ class Triage:
         searches = [self._search(senders, by_from), self._newest_in_screener(senders)]
         answers, found = self._client.fetch([*questions, *searches], calls)
         cards = self._contacts.cards(senders, answers, found[: len(questions)])
-        if missing := missing_groups(cards, self._settings):
-            raise ConfigurationError(*missing)
+        check_complete(lacking(needed_groups(self._settings), groups_by_name(cards)))
         known = [mail for mail in queue if mail.sender in senders]
         mails = self._complete(known, found[len(questions)], expect(found[-1]))
         undone = {sender for sender, category in senders.items() if category.undoes}
@@ -3714,14 +3709,11 @@ class Setup:
             self.ids = ids_by_name(expect(mailboxes))
         else:
             self.ids, self.cards = read_account(self._client, self._contacts)
-        if "Inbox" not in self.ids:
-            raise ConfigurationError("the account has no mailbox with the role of the Inbox")
+        check_inbox(self.ids)
 
-    def missing(self) -> list[Need]:
+    def lacking(self) -> list[Need]:
         """What the account lacks."""
-        names = groups_by_name(self.cards)
-        lacking = [need for need in self.boxes if need.name not in self.ids]
-        return lacking + [need for need in self.groups if need.name not in names]
+        return lacking(self.boxes, self.ids) + lacking(self.groups, groups_by_name(self.cards))
 
     def make(self, needs: Iterable[Need]) -> dict[Need, str]:
         """Make what is missing; {need: empty where it was made, or why it was not}."""
@@ -3830,7 +3822,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     if options.sieve and not options.apply:
         print(work.sieve_script(), end="")
         return 0
-    needs = work.missing()
+    needs = work.lacking()
     tried = work.make(needs) if options.apply and not work.problems else {}
     items = setup_items([*work.boxes, *work.groups], needs, tried)
     status, verdict = setup_verdict(Counter(item.state for item in items), work.problems)
@@ -3948,8 +3940,7 @@ class Reset:
         self._contacts.prepare()
         ids, cards = read_account(self._client, self._contacts, None)
         boxes = boxes_there(ids, self._settings)
-        if not boxes.screener:
-            raise ConfigurationError(*missing(needed_mailboxes(self._settings)[:1], ids))
+        check_complete(lacking(needed_mailboxes(self._settings)[:1], ids))  # the Screener
         own = {*boxes.managed, *boxes.labels, boxes.error, boxes.warning} - {boxes.screener, ""}
         query = Query("Email", in_any(own), MAIL_PROPERTIES, parse_mail)
         mails = expect(self._client.fetch([query])[1][0]) if own else []
