@@ -3622,32 +3622,30 @@ class Item(NamedTuple):
     purpose: str
 
 
-def setup_items(
-    needs: Iterable[Need], lacking: Collection[Need], tried: Mapping[Need, str]
-) -> list[Item]:
-    """The state of each need, given those that were lacking and what became of the tries."""
-    items = []
-    for need in needs:
-        state, told = ("missing" if need in lacking else "there"), need.purpose
-        if need in tried:
-            state, told = ("refused", tried[need]) if tried[need] else ("made", told)
-        items.append(Item(state, need.kind, need.name, told))
-    return items
+def setup_item(need: Need, lacks: Collection[Need], tried: Mapping[Need, str]) -> Item:
+    """What is told of a need, given what the account lacks and what became of the tries."""
+    reason = tried.get(need, "")
+    state = "missing" if need in lacks else "there"
+    if need in tried:
+        state = "refused" if reason else "made"
+    return Item(state, need.kind, need.name, reason or need.purpose)
+
+
+# {state: (exit status, what to do next)}, the worst first
+VERDICTS = {
+    "refused": (1, "could not be made. Mend that and run it again: it makes the rest."),
+    "missing": (0, "to make. Nothing has been changed: `setup --apply` makes them."),
+    "made": (0, "made. Now put the rules in, and start Mailroom."),
+}
 
 
 def setup_verdict(states: Counter[str], problems: Collection[str]) -> tuple[int, str]:
     """(exit status, what to do next)"""
     if problems:
         return 2, "Mailroom cannot work like that. Nothing has been changed."
-    if states["refused"]:
-        things = number(states["refused"], "thing")
-        return 1, f"{things} could not be made. Mend that and run it again: it makes the rest."
-    if states["missing"]:
-        things = number(states["missing"], "thing")
-        return 0, f"{things} to make. Nothing has been changed: `setup --apply` makes them."
-    if states["made"]:
-        things = number(states["made"], "thing")
-        return 0, f"{things} made. Now put the rules in, and start Mailroom."
+    for state, (status, verdict) in VERDICTS.items():
+        if states[state]:
+            return status, f"{number(states[state], 'thing')} {verdict}"
     return 0, "There is nothing to do."
 
 
@@ -3719,31 +3717,30 @@ class Setup:
         """Make what is missing; {need: empty where it was made, or why it was not}."""
         boxes = [need for need in needs if need in self.boxes]
         groups = [need for need in needs if need in self.groups]
-        tried = dict.fromkeys((*boxes, *groups), "")
+        tried: dict[Need, str] = {}
         for some, make in ((boxes, self._make_mailboxes), (groups, self._make_groups)):
             try:
-                tried |= make(some)
+                refused = make([need.name for need in some])
             except ServerError as error:
-                tried |= dict.fromkeys(some, str(error))
+                refused = dict.fromkeys((need.name for need in some), str(error))
+            tried |= {need: refused.get(need.name, "") for need in some}
         return tried
 
-    def _make_mailboxes(self, needs: Sequence[Need]) -> dict[Need, str]:
-        """Make mailboxes at the top, which mail apps show; {need: why it was refused}."""
-        names = {f"m{n}": each.name for n, each in enumerate(needs)}
-        entries = {key: {"name": name, "isSubscribed": True} for key, name in names.items()}
+    def _make_mailboxes(self, names: Sequence[str]) -> dict[str, str]:
+        """Make mailboxes at the top, which mail apps show; {name: why it was refused}."""
+        entries = {f"m{n}": {"name": name, "isSubscribed": True} for n, name in enumerate(names)}
         parts = self._client.portions(entries)
-        return {
-            needs[int(key[1:])]: error_text(error)
-            for [answer] in self._client.send([[("Mailbox/set", {"create": p})] for p in parts])
-            for key, error in set_errors(expect(answer)).items()
-        }
+        errors: dict[str, JSON] = {}
+        for [answer] in self._client.send([[("Mailbox/set", {"create": part})] for part in parts]):
+            errors |= set_errors(expect(answer))
+        keys = dict(zip(names, entries, strict=True))
+        return {name: error_text(errors[key]) for name, key in keys.items() if key in errors}
 
-    def _make_groups(self, needs: Sequence[Need]) -> dict[Need, str]:
-        """Make contact groups; {need: why it was refused}."""
-        uids = self._group_uids()
-        changes = [CardChange(uids[each.name], kind="group", name=each.name) for each in needs]
-        refused = self._contacts.apply(changes)
-        return {need: refused[uids[need.name]] for need in needs if uids[need.name] in refused}
+    def _make_groups(self, names: Sequence[str]) -> dict[str, str]:
+        """Make contact groups; {name: why it was refused}."""
+        names_of = {uid: name for name, uid in self._group_uids().items() if name in names}
+        changes = [CardChange(uid, kind="group", name=name) for uid, name in names_of.items()]
+        return {names_of[uid]: why for uid, why in self._contacts.apply(changes).items()}
 
     def _group_uids(self) -> dict[str, str]:
         """{name: uid} of the groups that there are, and will be."""
@@ -3824,7 +3821,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
         return 0
     needs = work.lacking()
     tried = work.make(needs) if options.apply and not work.problems else {}
-    items = setup_items([*work.boxes, *work.groups], needs, tried)
+    items = [setup_item(need, needs, tried) for need in (*work.boxes, *work.groups)]
     status, verdict = setup_verdict(Counter(item.state for item in items), work.problems)
     told = [*work.problems, verdict]
     try:
