@@ -2632,6 +2632,12 @@ def by_header(address: str) -> JSON:
     return {"header": ["From", address]}
 
 
+def mails_refused(errors: Mapping[str, JSON]) -> dict[str, str]:
+    """{mail id: why it was refused}, of the SetErrors of an Email/set. For a mail that is no longer
+    there nothing is left to be done."""
+    return {id_: error_text(e) for id_, e in errors.items() if e.get("type") != "notFound"}
+
+
 class Triage:
     """The triage cycle: reads, plans, carries out. It keeps nothing of one cycle for the next but
     what the account is like (session, mailboxes, own addresses, address books), so that an idle
@@ -2904,9 +2910,9 @@ class Triage:
         }
 
     def _update_mails(self, patches: Mapping[str, MailPatch]) -> dict[str, str]:
-        """Email/set in as many requests as the limits force; {mail id: why it was refused}. A mail
-        that is no longer there has nothing left to be done. Each request looks at the labels again
-        when it has written: what came in between must not be taken for old news."""
+        """Email/set in as many requests as the limits force; {mail id: why it was refused}. Each
+        request looks at the labels again when it has written: what came in between must not be
+        taken for old news."""
         refused: dict[str, str] = {}
         look = self._labelled()._replace(properties=("id", "mailboxIds"))
         changes = {id_: patch for id_, patch in patches.items() if patch}
@@ -2917,9 +2923,7 @@ class Triage:
             )
             now = ids_by_name(expect(mailboxes)), self._labels(expect(found))
             errors = set_errors(done)
-            for id_, error in errors.items():
-                if error.get("type") != "notFound":
-                    refused[id_] = error_text(error)
+            refused |= mails_refused(errors)
             for id_ in portion.keys() & self._queue.keys() - errors.keys():
                 self._queue[id_] = self._queue[id_].patched(portion[id_])
             self._seen.saw("Email", done.get("newState"))
@@ -3902,9 +3906,9 @@ def plan_reset(
     """What a reset does, given all cards, the mails in a mailbox or under a label of Mailroom's and
     the names that the senders have given. `untouched`: see `as_made`."""
     groups = [
-        CardChange(card.uid, card, destroy=True)
-        if card.ref in untouched and not card.notes
-        else CardChange(card.uid, card, remove=card.members)
+        CardChange(
+            card.uid, card, remove=card.members, destroy=card.ref in untouched and not card.notes
+        )
         for card in cards
         if rules.is_own(card)
     ]
@@ -3965,12 +3969,19 @@ class Reset:
     def carry_out(self, plan: ResetPlan) -> list[str]:
         """Carry out a plan; a line for each thing that was refused. Raises ServerError."""
         refused = self._change_cards(plan.groups, "groups")
-        left = [each.card for each in plan.groups if each.card and each.uid in refused]
-        stuck = {uid for group in left for uid in group.members}
+        stuck = {uid for each in plan.groups if each.uid in refused for uid in each.remove}
         going = [change for change in plan.contacts if change.uid not in stuck]
         refused |= self._change_cards(going, "contacts")
         refused |= self._file(plan.mails)
-        return [f"{what} was left as it is: {why}" for what, why in refused.items()]
+        names = {
+            each.uid: f'{"group" if each.card.is_group else "contact"} "{each.card.name}"'
+            for each in (*plan.groups, *plan.contacts)
+            if each.card
+        }
+        return [
+            f"{names.get(what, f'mail {what}')} was left as it is: {why}"
+            for what, why in refused.items()
+        ]
 
     def _change_cards(self, changes: Sequence[CardChange], what: str) -> dict[str, str]:
         refused: dict[str, str] = {}
@@ -3985,9 +3996,7 @@ class Reset:
         done = 0
         for portion in self._client.portions(patches):
             [[answer]] = self._client.send([[("Email/set", {"update": portion})]])
-            for id_, error in set_errors(expect(answer)).items():
-                if error.get("type") != "notFound":
-                    refused[id_] = error_text(error)
+            refused |= mails_refused(set_errors(expect(answer)))
             done += len(portion)
             self._console.progress(done, len(patches), "mails")
         return refused

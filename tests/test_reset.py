@@ -209,8 +209,8 @@ def test_what_is_refused_is_told_and_the_rest_is_done(home: EmbeddedHome) -> Non
     ]
     ran = run(home, *APPLY)
     assert ran.status == 1
-    assert f"{mail} was left as it is: forbidden\n" in ran.out
-    assert f"{eve['uid']} was left as it is: overQuota\n" in ran.out
+    assert f"mail {mail} was left as it is: forbidden\n" in ran.out
+    assert f'contact "{eve["name"]["full"]}" was left as it is: overQuota\n' in ran.out
     assert ran.out.endswith("Run it again for the rest.\n")
     assert len([boxes for boxes in home.where().values() if "Feed" in boxes]) == 1
     assert run(home, *APPLY).status == 0
