@@ -4029,7 +4029,7 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
     for card in plan.kept:
         kept = f'kept: "{card.name}", {", ".join(sorted(card.emails))}'
         console.say(f"{kept}: Mailroom made it and somebody has changed it", "missing")
-    console.say("No mail is deleted, and no mailbox: those that setup made may stay or go.")
+    console.say("No mail and no mailbox is deleted. The account's rules are yours to take out.")
     if not options.apply:
         console.say("Nothing has been changed: `reset --apply` does it. Stop Mailroom first.")
         return 0
@@ -4147,9 +4147,12 @@ def perform(arguments: Sequence[str]) -> int:
     start_logging(settings)
     try:
         return COMMANDS[options.command](settings, options)
+    except ConfigurationError as error:
+        complain(map(settings.redact, error.problems))
+        return 2
     except MailroomError as error:
-        complain(map(settings.redact, getattr(error, "problems", [str(error)])))
-        return 2 if isinstance(error, ConfigurationError) else 1
+        complain([settings.redact(f"{error}. Run it again: it does what is left")])
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -225,6 +225,7 @@ def test_what_it_cannot_even_look_at_is_one_line() -> None:
             assert (ran.status, ran.out) == (status, ""), changes
             [line] = ran.err.splitlines()
             assert said in line
+            assert line.endswith("Run it again: it does what is left") == (status == 1)
             assert home.mail.writes == []
 
 
