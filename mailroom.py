@@ -3186,7 +3186,7 @@ class Service:
         try:
             if not self._once:
                 self._serve_health()
-            cycles = self._spawn(self._only_cycle if self._once else self._cycles)
+            cycles = self._spawn(self._cycles)
             waited: list[Any] = [self.shutdown, self._over]
             gevent.wait(waited, count=1)
             if self.shutdown.is_set():
@@ -3272,11 +3272,9 @@ class Service:
         trigger = "startup"
         while not self.shutdown.is_set():
             delay = self._cycle(trigger)
+            if self._once:
+                return
             trigger = self._wait(delay)
-
-    def _only_cycle(self) -> None:
-        """One cycle, and no wait after it."""
-        self._cycle("startup")
 
     def _wait(self, delay: float) -> str:
         """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
