@@ -707,10 +707,10 @@ def clean_note(text: str, newline: str = r"\r?\n") -> str:
 
 def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]) -> Card | None:
     """The contact that has exactly this address: one in a managed group before others, then the
-    oldest."""
+    oldest. Groups among the contacts are none."""
     grouped = {uid for group in managed for uid in group.members}
     return min(
-        (contact for contact in contacts if address in contact.emails),
+        (each for each in contacts if address in each.emails and not each.is_group),
         key=lambda contact: (contact.uid not in grouped, contact.created or "~", contact.uid),
         default=None,
     )
@@ -739,8 +739,7 @@ def plan_contact(
 ) -> CardChange:
     """The contact's part in a sender's plan: only what is empty is filled, nothing overwritten.
     `contacts`: those with the address, and whoever has the uid that a new one would get."""
-    managed = [card for card in contacts if rules.is_managed(card)]
-    found = find_contact(sender, (card for card in contacts if not card.is_group), managed)
+    found = find_contact(sender, contacts, filter(rules.is_managed, contacts))
     triaged = f"Triaged to {category.contact_group} on {rules.today.isoformat()}"
     name = contact_name(display_name, category.contact_type)
     if found:
@@ -763,6 +762,12 @@ def was_made(card: Card) -> bool:
         made_for = [f"group:{card.name}"]
     noted = card.is_group or CREATED_NOTE in card.note_lines
     return noted and any(card.uid in islice(own_uids(what), UIDS_IN_LINE) for what in made_for)
+
+
+def ways_to_make(card: Card) -> list[CardChange]:
+    """How Mailroom would make a card with this name and address, of each kind."""
+    made = CardChange(card.uid, name=card.name, address=min(card.emails, default=""))
+    return [replace(made, kind=kind) for kind in ("company", "person", "group")]
 
 
 def names_given(mails: Iterable[Mail]) -> dict[str, set[str]]:
@@ -810,8 +815,7 @@ def plan_undo(
 ) -> CardChange:
     """The contact's part where a sender's triage is taken back. Where there is no contact, its uid
     may have been left behind in groups."""
-    managed = [card for card in cards if rules.is_managed(card)]
-    found = find_contact(sender, (card for card in cards if not card.is_group), managed)
+    found = find_contact(sender, cards, filter(rules.is_managed, cards))
     if not found:
         return CardChange(contact_uid(sender, {card.uid for card in cards}), kind="")
     return take_back(
@@ -1596,13 +1600,9 @@ def scalars(value: Any, key: str = "") -> set[tuple[str, Any]]:
 def jmap_is_untouched(raw: JSON, address_book: str) -> bool:
     """Whether a ContactCard has nothing in it that Mailroom would not make it with. Its notes, and
     whether its name is the mail's, are judged by the rules."""
-    card = jmap_card(raw)
     there = scalars({key: raw[key] for key in raw.keys() - NOT_TOUCHES})
-    new = CardChange(card.uid, name=card.name, address=min(card.emails, default=""))
-    return any(
-        there <= scalars(jmap_new_card(replace(new, kind=kind), address_book))
-        for kind in CARD_KINDS
-    )
+    made_anew = ways_to_make(jmap_card(raw))
+    return any(there <= scalars(jmap_new_card(change, address_book)) for change in made_anew)
 
 
 def jmap_card_patch(card: Card, change: CardChange) -> JSON:
@@ -1807,13 +1807,9 @@ def vcard_facts(text: str) -> set[tuple[str, str]]:
 def vcard_is_untouched(text: str) -> bool:
     """Whether a vCard has nothing in it that Mailroom would not make it with. Its notes, and
     whether its name is the mail's, are judged by the rules."""
-    card = vcard_card("", text, "")
-    if not card:
-        return False
-    new = CardChange(card.uid, name=card.name, address=min(card.emails, default=""))
-    return any(
-        vcard_facts(text) <= vcard_facts(new_vcard(replace(new, kind=kind))) for kind in CARD_KINDS
-    )
+    there, card = vcard_facts(text), vcard_card("", text, "")
+    made_anew = ways_to_make(card) if card else []
+    return any(there <= vcard_facts(new_vcard(change)) for change in made_anew)
 
 
 # ------------------------------------------------------------------------------------------------
