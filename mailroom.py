@@ -30,6 +30,7 @@ monkey.patch_all()
 import argparse
 import codecs
 import errno
+import io
 import ipaddress
 import json
 import logging
@@ -4161,6 +4162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started this has closed it
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (open to the end)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Not every terminal knows every letter.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Or gevent would print it.
     gevent.get_hub().NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
     try:

@@ -329,6 +329,13 @@ def test_it_needs_none_of_its_streams(home: EmbeddedHome, closed: str) -> None:
     assert (status, err) == (2, "" if "2>" in closed else refused)
 
 
+def test_a_letter_that_the_terminal_does_not_know_is_no_fault(home: EmbeddedHome) -> None:
+    home.changes["triage_categories"] = ["B\xfcro"]
+    status, out, err = Program(home, "setup", PYTHONIOENCODING="ascii").piped()
+    assert (status, err) == (0, "")
+    assert "  B\\xfcro  " in out
+
+
 # ------------------------------------------------------------------------------- a quiet end
 
 
