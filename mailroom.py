@@ -1315,6 +1315,11 @@ class JMAPClient:
         """The session's account for a capability, with its id; empty where there is none."""
         return self._accounts.get(capability, {})
 
+    def check_writable(self) -> None:
+        """Raises ConfigurationError for a token that may only read mail."""
+        if self.account(MAIL).get("isReadOnly"):
+            raise ConfigurationError("the token may only read mail: make one that may write it")
+
     def send(self, groups: Sequence[Sequence[Call]]) -> list[list[Answer]]:
         """The answers to groups of calls, in as few requests as the limits allow. The calls of a
         group stay in one request: a result reference (RFC 8620 section 3.7) is to the call before.
@@ -2613,12 +2618,6 @@ def read_account(
     return ids_by_name(expect(mailboxes)), contacts.cards(addresses, answers, found)
 
 
-def check_writable(client: JMAPClient) -> None:
-    """Raises ConfigurationError for a token that may only read mail."""
-    if client.account(MAIL).get("isReadOnly"):
-        raise ConfigurationError("the token may only read mail: make one that may write it")
-
-
 def by_from(address: str) -> JSON:
     """The search for a sender that an index answers; it finds other mails too, and may lag."""
     return {"from": address}
@@ -2664,7 +2663,7 @@ class Triage:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
         self._ready = False
         self._client.connect()
-        check_writable(self._client)
+        self._client.check_writable()
         self._contacts.prepare()
         ids, cards = read_account(self._client, self._contacts)
         check_complete(
@@ -3612,22 +3611,15 @@ def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, s
     }
 
 
-class Item(NamedTuple):
-    """A line of what `setup` tells. `state`: there, missing, made or refused (with a reason)."""
-
-    state: str
-    kind: str
-    name: str
-    purpose: str
-
-
-def setup_item(need: Need, lacks: Collection[Need], tried: Mapping[Need, str]) -> Item:
-    """What is told of a need, given what the account lacks and what became of the tries."""
+def setup_item(need: Need, lacks: Collection[Need], tried: Mapping[Need, str]) -> dict[str, str]:
+    """What is told of a need, given what the account lacks and what became of the tries. Its state
+    is there, missing, made or refused; the purpose of what is refused is the reason."""
     reason = tried.get(need, "")
     state = "missing" if need in lacks else "there"
     if need in tried:
         state = "refused" if reason else "made"
-    return Item(state, need.kind, need.name, reason or need.purpose)
+    purpose = reason or need.purpose
+    return {"state": state, "kind": need.kind, "name": need.name, "purpose": purpose}
 
 
 # {state: (exit status, what to do next)}, the worst first
@@ -3687,12 +3679,7 @@ class Setup:
         """Read the account; what its session offers. Raises ConfigurationError where there is
         nothing to read, ServerError."""
         self._client.connect()
-        checks: list[Callable[[], None]] = [
-            lambda: check_writable(self._client),
-            self._contacts.prepare,
-            self.read,
-        ]
-        for check in checks:
+        for check in (self._client.check_writable, self._contacts.prepare, self.read):
             try:
                 check()
             except ConfigurationError as error:
@@ -3821,7 +3808,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     needs = work.lacking()
     tried = work.make(needs) if options.apply and not work.problems else {}
     items = [setup_item(need, needs, tried) for need in (*work.boxes, *work.groups)]
-    status, verdict = setup_verdict(Counter(item.state for item in items), work.problems)
+    status, verdict = setup_verdict(Counter(item["state"] for item in items), work.problems)
     told = [*work.problems, verdict]
     try:
         if options.fastmail_rules:
@@ -3831,33 +3818,27 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     except MailroomError as error:  # What has been made is told all the same.
         status = status or 1
         told.append(str(error))
-    console, rules = Console(settings), rule_rows(settings)
+    console = Console(settings)
+    plan = {"account": facts, "items": items, "rules": rule_rows(settings), "told": told}
     if options.json:
-        plan = {"account": facts, "items": [item._asdict() for item in items], "rules": rules}
-        console.say(json.dumps({**plan, "told": told}, indent=2))
+        console.say(json.dumps(plan, indent=2))
     else:
-        show_setup(console, facts, items, rules, told)
+        show_setup(console, plan)
     return status
 
 
-def show_setup(
-    console: Console,
-    facts: Mapping[str, str],
-    items: Sequence[Item],
-    rules: Mapping[str, str],
-    last: Iterable[str],
-) -> None:
+def show_setup(console: Console, plan: JSON) -> None:
     """Print what there is, what the rules have to do, and what is to be done."""
-    console.say("\n".join(table(facts.items())) + "\n")
-    for line, item in zip(table(items), items, strict=True):
-        console.say(line, item.state)
+    items = plan["items"]
+    console.say("\n".join(table(plan["account"].items())) + "\n")
+    for line, item in zip(table([*each.values()] for each in items), items, strict=True):
+        console.say(line, item["state"])
     console.say("\nRules for the mail to come, where the sender is")
-    console.say("\n".join(table(rules.items(), indent="  ")) + "\n")
+    console.say("\n".join(table(plan["rules"].items(), indent="  ")) + "\n")
     for item in items:
-        if item.state == "refused":  # In full: the table may cut it short.
-            console.say(f"{item.kind} {item.name}: {item.purpose}", item.state)
-    for line in last:
-        console.say(line)
+        if item["state"] == "refused":  # In full: the table may cut it short.
+            console.say("{kind} {name}: {purpose}".format(**item), "refused")
+    console.say("\n".join(plan["told"]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3932,7 +3913,7 @@ class Reset:
     def plan(self) -> ResetPlan:
         """Look at the account. Raises ConfigurationError, ServerError."""
         self._client.connect()
-        check_writable(self._client)
+        self._client.check_writable()
         self._contacts.prepare()
         ids, cards = read_account(self._client, self._contacts, None)
         boxes = boxes_there(ids, self._settings)
