@@ -29,6 +29,7 @@ monkey.patch_all()
 
 import argparse
 import codecs
+import ctypes
 import errno
 import io
 import ipaddress
@@ -3149,6 +3150,13 @@ def drain_queue(queue_: Any) -> int:
         dropped += 1
 
 
+def give_back_memory() -> None:
+    """Have the C library give back the memory that is free. glibc keeps it where some in between is
+    in use, as after a large cycle."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Service:
     """The long-lived greenlets: one that runs the cycles, one that listens, one for health. When
     one of them ends, so does the program. With `once` there is but one cycle, and nothing else;
@@ -3268,6 +3276,7 @@ class Service:
         trigger = "startup"
         while not self.shutdown.is_set():
             delay = self._cycle(trigger)
+            give_back_memory()
             if self._once:
                 return
             trigger = self._wait(delay)

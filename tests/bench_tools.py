@@ -108,7 +108,8 @@ def order_of_growth(points: Mapping[int, float]) -> float:
 
 
 class Program:
-    """`python mailroom.py` beside a server; what it uses is asked of the kernel."""
+    """`python -m mailroom` beside a server; what it uses is asked of the kernel. As the script
+    `mailroom.py` it would hold more: Python keeps a script's syntax tree until it ends."""
 
     def __init__(self, server: JMAPServer, pid: int, health_port: int) -> None:
         self.server, self.pid = server, pid
@@ -162,7 +163,7 @@ def program(server: JMAPServer, **environment: object) -> Iterator[Program]:
     given = {"health_port": port, "log_level": "info", "poll_interval": MAX_POLL, **environment}
     with tempfile.TemporaryDirectory() as home:
         output = Path(home) / "log"
-        with process(server, output, **given) as started:
+        with process(server, output, "-m", "mailroom", **given) as started:
             run = Program(server, started.pid, port)
             try:
                 server.wait_for(lambda: server.streams or server.options.push is None, PATIENCE)

@@ -130,7 +130,7 @@ def test_the_image_has_the_program_and_nothing_else(added: list[tarfile.TarInfo]
 def test_the_image_says_what_it_is(image: JSON, base: str) -> None:
     config, labels = image["Config"], image["Config"]["Labels"]
     assert config["User"] == "10001:10001"
-    assert config["Entrypoint"] == ["python", "/app/mailroom.py"]
+    assert config["Entrypoint"] == ["python", "-m", "mailroom"]
     assert not config.get("Cmd")
     assert config["StopSignal"] == "SIGTERM"
     check = image.get("Healthcheck") or config["Healthcheck"]

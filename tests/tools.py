@@ -332,6 +332,7 @@ def process(
     with output.open("wb") as file:
         started = subprocess.Popen(
             [sys.executable, *(command or [str(PROGRAM)])],
+            cwd=PROGRAM.parent,
             env=kept | variables,
             stdout=file,
             stderr=file,
