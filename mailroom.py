@@ -605,13 +605,16 @@ class Rules:
 @dataclass(frozen=True)
 class SenderPlan:
     """All that a cycle does for one sender, in this order: write the contact and join the groups,
-    leave other groups, re-file the mails, take the labels off. The patches go by mail id."""
+    leave other groups, re-file the mails, take the labels off. `leaving` are the uids that leave:
+    the contact's, and when triage is taken back those of all that the sender has. The patches go
+    by mail id."""
 
     sender: str
     category: Category
     contact: CardChange
     join: tuple[Card, ...]
     leave: tuple[Card, ...]
+    leaving: frozenset[str]
     refile: Mapping[str, MailPatch]
     finish: Mapping[str, MailPatch]
     name_differs: bool
@@ -835,12 +838,11 @@ def plan_groups(
     uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
 ) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
     """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
-    managed one; where none is wanted, in none of Mailroom's."""
+    managed one."""
     now = [group for group in groups if uid in group.members]
     missing = set(wanted) - {group.name for group in now}
     first = groups_by_name(groups)
-    left = rules.is_managed if wanted else rules.is_own
-    leave = (group for group in now if left(group) and group.name not in wanted)
+    leave = (group for group in now if rules.is_managed(group) and group.name not in wanted)
     return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
 
 
@@ -926,10 +928,14 @@ def plan_sender(
         wanted.add(rules.provenance_group)
     groups = [card for card in cards if card.is_group]
     join, leave = plan_groups(contact.uid, wanted, groups, rules)
+    leaving = frozenset({contact.uid})
+    if category.undoes:
+        leaving |= {card.uid for card in cards if sender in card.emails and not card.is_group}
+        leave = tuple(each for each in groups if rules.is_own(each) and each.members & leaving)
     warns = bool(boxes.warning) and not category.undoes
     differs = warns and name_differs(contact.card, display_name)
     refile, finish = plan_mails(mails, family, boxes, differs)
-    return SenderPlan(sender, category, contact, join, leave, refile, finish, differs)
+    return SenderPlan(sender, category, contact, join, leave, leaving, refile, finish, differs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2892,7 +2898,12 @@ class Triage:
                 *(CardChange(group.uid, group, add=uids) for group, uids in by_group(joins)),
             ]
         )
-        leaves = [(group, plan.contact.uid) for plan in plans for group in plan.to_leave(refused)]
+        leaves = [
+            (group, uid)
+            for plan in plans
+            for group in plan.to_leave(refused)
+            for uid in plan.leaving & group.members
+        ]
         refused |= self._contacts.apply(
             [CardChange(group.uid, group, remove=uids) for group, uids in by_group(leaves)]
         )

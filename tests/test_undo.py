@@ -471,6 +471,17 @@ def test_a_contact_that_is_touched_at_the_last_moment_is_kept(home: EmbeddedHome
     assert home.where() == {"one": {"Screener"}, "two": {"Screener"}}
 
 
+def test_of_two_contacts_with_one_address_both_leave() -> None:
+    with Scene(takes_back=True) as scene:
+        for group in ("Feed", "Jail"):
+            scene.account.join_group(group, scene.account.add_contact(BOB, f"Bob of the {group}"))
+        [mail] = scene.new_sender(BOB, box="Feed")
+        scene.tap(mail, UNDO)
+        assert scene.cycle() == {}
+        assert scene.account.groups_of(BOB) == set()
+        assert len(scene.account.contacts_of(BOB)) == 2
+
+
 def test_of_two_addresses_the_one_that_is_undone() -> None:
     """The contact is the user's and has both; its groups are those of both."""
     with Scene(takes_back=True) as scene:
