@@ -1,5 +1,5 @@
-"""The rules for mail to come, as `setup` hands them out: the Sieve script is installed over JMAP and
-in place of no other one, and the file for Fastmail is one that can be imported."""
+"""The rules for mail to come, as `setup` hands them out: the Sieve script is installed over JMAP,
+never in place of one of the user's, and the file for Fastmail is one that can be imported."""
 
 import json
 from collections.abc import Iterator
