@@ -3758,7 +3758,9 @@ class Setup:
         """Write the rules for Fastmail's import; what to do with them. Raises ConfigurationError,
         ServerError."""
         tree = Query("Mailbox", None, ("id", "name", "parentId"), lambda raw: raw)
-        paths = mailbox_paths(expect(self._client.fetch([tree])[1][0]))
+        found = expect(self._client.fetch([tree])[1][0])
+        with understood("Mailbox/get"):
+            paths = mailbox_paths(found)
         named = {name: paths.get(id_, name) for name, id_ in self.ids.items()}
         rules = fastmail_rules(self._settings, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", named)
         try:
