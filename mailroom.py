@@ -3886,9 +3886,7 @@ def reset_patch(mail: Mail, boxes: Boxes) -> MailPatch:
     """The patch that takes a mail out of all that is Mailroom's; back into the Screener if it was
     in a destination, or would be nowhere."""
     destinations = boxes.managed - {boxes.screener}
-    gone = {*destinations, *boxes.labels, boxes.error, boxes.warning}
-    if came_to_inbox(mail, boxes):
-        gone.add(boxes.inbox)
+    gone = {*destinations, *boxes.labels, boxes.error, *left_by_triage(mail, boxes)}
     goes_back = mail.mailboxes & destinations or mail.mailboxes <= gone
     return mail_patch(mail, [boxes.screener] if goes_back else [], gone)
 

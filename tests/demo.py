@@ -39,6 +39,10 @@ from gevent.queue import Queue
 from jmap_server import CATEGORIES, Account, JMAPServer, Options, addresses
 
 MAILROOM = Path(__file__).resolve().parent.parent / "mailroom.py"
+sys.path.append(str(MAILROOM.parent))
+
+from mailroom import CREATED_NOTE, CardChange, contact_uid, jmap_new_card
+
 DEBOUNCE, POLL = 0.5, 3
 PAUSE = 1.3  # seconds to read a scene, on a terminal
 STOP_SECONDS = 5
@@ -151,9 +155,11 @@ def add_triaged(account: Account, sender: str, groups: list[str]) -> None:
     """The contact of a sender whom Mailroom has triaged a month ago."""
     [(name, address)] = addresses(sender)
     when = f"{datetime.now(UTC) - timedelta(days=30):%Y-%m-%d}"
-    note = f"Created by Mailroom\nTriaged to {groups[-1]} on {when}"
-    kind = "individual" if "Person" in groups else "org"
-    contact = account.add_contact(address, name, kind, notes={"n1": {"note": note}})
+    kind = "person" if "Person" in groups else "company"
+    note = (CREATED_NOTE, f"Triaged to {groups[-1]} on {when}")
+    made = CardChange(contact_uid(address), None, kind, address, name, note)
+    [book] = account.books
+    contact = account.new_card(jmap_new_card(made, book))
     for group in [*groups, "Mailroom"]:
         account.join_group(group, contact)
 
