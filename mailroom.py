@@ -1462,15 +1462,25 @@ NO_CONTACTS = (
 NOT_TOUCHES = {"id", "created", "updated", "prodId", "version", "notes", "members"}
 CARD_KINDS = {"company": "org", "person": "individual", "group": "group"}
 CARD_KEYS = ("id", "uid", "kind", "name", "organizations", "emails", "notes", "created", "members")
+# A group with more members than this is large, some 30 kB.
+MANY_MEMBERS = 500
+# In place of those members of a large group that were not asked for.
+OTHERS = ""
 
 
 class JMAPContacts:
-    """Contacts in a JMAP account: one of the two stores, which have the same public methods."""
+    """Contacts in a JMAP account: one of the two stores, which have the same public methods.
+
+    JMAP gives all members of a group or none. So where a search finds the large groups by their
+    members, only the others are read with theirs, and the search tells who is in a large one.
+    """
 
     def __init__(self, client: JMAPClient) -> None:
         self._client = client
         self._address_book = ""
         self._state = ""
+        self._has_search = False
+        self._small: list[str] = []
 
     def prepare(self) -> None:
         """Find the default address book. Raises ConfigurationError without one, ServerError."""
@@ -1489,13 +1499,18 @@ class JMAPContacts:
         """What to ask the JMAP server, along with other things, for the groups and the contacts
         that may be those of the addresses; without addresses for all cards. The state comes first,
         so that a later change by someone else is noticed."""
+        calls: list[Call] = [("ContactCard/get", {"ids": []})]
         filters: list[JSON | None] = [None]
+        keys: Sequence[str] = CARD_KEYS
         if addresses is not None:
-            wanted = [{"email": address} for address in addresses]
-            wanted += [{"uid": contact_uid(address)} for address in addresses]
+            uids = [contact_uid(address) for address in addresses]
+            wanted = [{"email": address} for address in addresses] + [{"uid": uid} for uid in uids]
             filters = [{"kind": "group"}, *([any_of(wanted)] if addresses else [])]
-        queries = [Query("ContactCard", filter_, CARD_KEYS, jmap_card) for filter_ in filters]
-        return [("ContactCard/get", {"ids": []})], queries
+        if addresses and self._has_search:
+            small = {"ids": self._small, "properties": ["id", "members"]}
+            calls += [("ContactCard/get", small), *map(groups_with, uids)]
+            keys = CARD_KEYS[:-1]
+        return calls, [Query("ContactCard", filter_, keys, jmap_card) for filter_ in filters]
 
     def cards(
         self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
@@ -1503,7 +1518,47 @@ class JMAPContacts:
         """The cards, given what the questions brought. Raises the MethodError that a query may
         have met: a contact not seen would be doubled."""
         self._state = str(answers[0].get("state"))
-        return [card for cards in found for card in expect(cards)]
+        cards = [card for cards in found for card in expect(cards)]
+        if not addresses:
+            self._try_search([card for card in cards if card.is_group])
+        elif self._has_search:
+            return self._with_members(cards, addresses, answers[1:])
+        return cards
+
+    def _try_search(self, groups: Sequence[Card]) -> None:
+        """See whether a search by a member finds the large groups."""
+        large = [group for group in groups if len(group.members) > MANY_MEMBERS]
+        answers = self._client.send([[groups_with(min(group.members))] for group in large])
+        with understood("ContactCard/query"):
+            found = [
+                not isinstance(answer, MethodError) and group.ref in answer["ids"]
+                for group, [answer] in zip(large, answers, strict=True)
+            ]
+        self._has_search = bool(found) and all(found)
+        small = [group.ref for group in groups if group not in large]
+        self._small = small[: self._client.limits["maxObjectsInGet"]]
+
+    def _with_members(
+        self, cards: Sequence[Card], addresses: Collection[str], answers: Sequence[JSON]
+    ) -> list[Card]:
+        """The cards, the large groups with those members that are contacts of the addresses, or
+        will be, and with something in place of the others."""
+        small, *known = answers
+        holders = dict(zip(map(contact_uid, addresses), known, strict=True))
+        taken = {card.uid for card in cards}
+        uids = {card.uid for card in cards if not card.is_group}
+        new = set(addresses).difference(*(card.emails for card in cards))
+        more = sorted((uids | {contact_uid(each, taken) for each in new}) - holders.keys())
+        replies = self._client.send([[groups_with(uid)] for uid in more])
+        holders |= {uid: expect(answer) for uid, [answer] in zip(more, replies, strict=True)}
+        with understood("ContactCard/query"):
+            members = {
+                card.ref: {OTHERS, *(uid for uid in holders if card.ref in holders[uid]["ids"])}
+                for card in cards
+                if card.is_group
+            }
+            members |= {raw["id"]: {*members_of(raw)} for raw in small["list"]}
+        return [replace(card, members=frozenset(members.get(card.ref, ()))) for card in cards]
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes; {uid: why it was refused}. It takes one ContactCard/set for as
@@ -1521,6 +1576,8 @@ class JMAPContacts:
             done = expect(answer)
             self._state = str(done.get("newState"))
             errors = set_errors(done)
+            # It may be a group that has been emptied since: it takes no member by a path.
+            self._has_search &= not errors
             for uid, (_, key, _) in portion.items():
                 if key in errors:
                     refused[uid] = error_text(errors[key])
@@ -1570,8 +1627,18 @@ def jmap_card(raw: JSON) -> Card:
         notes={key: as_text(note["note"]) for key, note in (raw.get("notes") or {}).items()},
         created=as_text(raw.get("created") or ""),
         is_group=raw.get("kind") == "group",
-        members=frozenset(uid for uid, there in (raw.get("members") or {}).items() if there),
+        members=members_of(raw),
     )
+
+
+def members_of(raw: JSON) -> frozenset[str]:
+    """The uids of a group's members (RFC 9553 section 2.1.6), as far as it comes with them."""
+    return frozenset(uid for uid, there in (raw.get("members") or {}).items() if there)
+
+
+def groups_with(uid: str) -> Call:
+    """The search for the groups that have a member (RFC 9610 section 3.3.1)."""
+    return "ContactCard/query", {"filter": {"hasMember": uid}}
 
 
 def jmap_name(change: CardChange) -> JSON:

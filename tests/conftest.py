@@ -1,6 +1,6 @@
 """What every test shares. Importing mailroom first patches the sockets before `responses` comes."""
 
-import mailroom  # noqa: F401, I001  (the import is the monkey patch)
+import mailroom  # noqa: I001  (its import is the monkey patch)
 
 import hypothesis
 import pytest
@@ -28,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether there is time for everything."""
     return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(autouse=True)
+def large_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group with one member is a large one already: more can go wrong with those."""
+    monkeypatch.setattr(mailroom, "MANY_MEMBERS", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

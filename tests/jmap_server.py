@@ -76,6 +76,7 @@ LIMITS = {
 SIEVE_LIMITS = {"maxSizeScriptName": 512, "maxSizeScript": 65536, "maxNumberScripts": 5}
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
 FOREVER = 10**9
+BYSTANDER = "urn:uuid:5eb7c4f2-8f2d-4c1e-9d7e-0b6f0a3c1d55"  # who is in a group that is in use
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -135,6 +136,8 @@ class Options:
     index_until: int | None = None  # mails that arrived after this Account.modseq are not found
     id_is_uid: bool = False  # a contact's id is its uid (Cyrus); set it before the account is made
     not_finds_nothing: bool = False  # a ContactCard/query with NOT finds nothing (Cyrus)
+    groups_in_use: bool = False  # each group has a member; set it before the account is made
+    has_member: Literal["works", "empty", "error"] = "works"  # what a search by a member does
     latency: float = 0  # seconds every request spends on the network
     history: int = FOREVER  # how many requests and writes are kept
 
@@ -1061,8 +1064,10 @@ class Cards(Kind):
             return among & {account.by_uid.get(text_of(value), "")}
         if name == "kind" and value == "group":
             return among & account.groups
+        if name == "hasMember" and self.options.has_member == "error":
+            raise MethodError("unsupportedFilter", name)
         if name == "hasMember":
-            among = among & account.groups
+            among = among & account.groups if self.options.has_member == "works" else set()
         return super().condition(name, value, among)
 
     def create(self, item: JSON) -> JSON:
@@ -1784,6 +1789,9 @@ class JMAPServer:
     ) -> JMAPServer:
         options = options or Options()
         account = Account.for_mailroom(categories, id_is_uid=options.id_is_uid)
+        if options.groups_in_use:
+            for group in [*account.groups]:
+                account.put_card({**account.cards[group], "members": {BYSTANDER: True}})
         return cls(options, account, **more)
 
     def __enter__(self) -> JMAPServer:

@@ -12,10 +12,11 @@ from datetime import date
 from typing import Any
 
 import pytest
-from jmap_server import FOREVER, JSON, Fault, JMAPServer, Options, Request
+from jmap_server import BYSTANDER, FOREVER, JSON, Fault, JMAPServer, Options, Request
 from tools import SERVERS, Scene, new_triage, settings_for
 
-from mailroom import CREATED_NOTE, ConfigurationError, MailroomError, ServerError
+import mailroom
+from mailroom import CREATED_NOTE, ConfigurationError, MailroomError, ServerError, contact_uid
 
 BOB, EVE = "bob@shop.example", "eve@evil.example"
 FROM_BOB, FROM_EVE = f"Bob Smith <{BOB}>", f"Eve <{EVE}>"
@@ -574,7 +575,7 @@ def test_a_contact_that_is_refused_holds_up_no_one_else(options: Make) -> None:
         assert scene.boxes(mails[1] + mails[3]) == [{"Feed"}] * 4
         assert scene.account.groups_of("s2@x.example") == set()
         groups = [scene.account.cards[key].get("members", {}) for key in scene.account.groups]
-        uids = {card["uid"] for card in scene.account.cards.values()}
+        uids = {BYSTANDER, *(card["uid"] for card in scene.account.cards.values())}
         assert all(members.keys() <= uids for members in groups), "a member that is no card"
         scene.server.faults.clear()
         assert scene.cycle() == {}
@@ -667,6 +668,68 @@ def test_contacts_that_change_between_reading_and_writing(options: Make, address
         assert scene.account.groups_of(BOB) >= {"Feed"}
         assert len(scene.account.contacts_of(BOB)) == 1
         assert [boxes & {"Feed", "Screener"} for boxes in scene.boxes(mails)] == [{"Feed"}] * 2
+
+
+# ------------------------------------------------------------------------ who is in which group
+
+
+def test_members_of_small_groups_come_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailroom, "MANY_MEMBERS", 1)
+    with Scene(Options(groups_in_use=True)) as scene:
+        scene.tap(scene.new_sender(FROM_BOB)[0], "@ToFeed")
+        assert scene.cycle() == {}
+        assert not any(
+            "hasMember" in json.dumps(arguments)
+            for request in scene.server.requests
+            for _, arguments in request.calls
+        )
+
+
+@pytest.mark.parametrize("has_member", ["works", "empty", "error"])
+def test_members_of_groups_are_searched_for_where_that_works(has_member: Any) -> None:
+    with Scene(Options(groups_in_use=True, has_member=has_member)) as scene:
+        replies = seen_replies(scene)
+        for label, group in (("@ToFeed", "Feed"), ("@ToJail", "Jail")):
+            scene.tap(scene.new_sender(FROM_BOB)[0], label)
+            assert scene.cycle() == {}
+            assert scene.account.groups_of(BOB) == {group, "Mailroom"}
+        assert (BYSTANDER in json.dumps(replies)) == (has_member != "works")
+
+
+def test_a_group_that_is_emptied_meanwhile_takes_members_again() -> None:
+    with Scene(Options(groups_in_use=True)) as scene:
+        feed = scene.account.cards[scene.account.group_id("Feed")]
+        scene.account.put_card({key: value for key, value in feed.items() if key != "members"})
+        mails = scene.new_sender(FROM_BOB, 2)
+        scene.tap(mails[0], "@ToFeed")
+        assert "invalidPatch" in scene.cycle()[BOB]
+        assert scene.cycle() == {}
+        assert scene.boxes(mails) == [{"Feed"}] * 2
+        assert scene.account.groups_of(BOB) == {"Feed", "Mailroom"}
+
+
+def test_a_group_made_meanwhile_keeps_its_members() -> None:
+    with Scene(Options(groups_in_use=True)) as scene:
+        scene.account.remove_card(scene.account.group_id("Feed"))
+        scene.account.add_group("Feed", [BYSTANDER])
+        scene.tap(scene.new_sender(FROM_BOB)[0], "@ToFeed")
+        assert scene.cycle() == {}
+        feed = scene.account.cards[scene.account.group_id("Feed")]
+        assert feed["members"].keys() == {BYSTANDER, scene.the_contact(BOB)["uid"]}
+
+
+@every_server
+def test_a_uid_that_was_left_in_a_group_leaves_it(options: Make) -> None:
+    """Of contacts that the user has deleted; the first of the two uids is another's now."""
+    with Scene(options()) as scene:
+        scene.account.add_contact("else@x.example", uid=contact_uid(BOB))
+        left = contact_uid(BOB, {contact_uid(BOB)})
+        jail = scene.account.cards[scene.account.group_id("Jail")]
+        scene.account.put_card({**jail, "members": {**jail.get("members", {}), left: True}})
+        scene.tap(scene.new_sender(FROM_BOB)[0], "@ToFeed")
+        assert scene.cycle() == {}
+        assert scene.the_contact(BOB)["uid"] == left
+        assert scene.account.groups_of(BOB) == {"Feed", "Mailroom"}
 
 
 # --------------------------------------------------------------------------- faults at each step

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,7 +23,11 @@ from jmap_server import CATEGORIES, JSON, JMAPServer, Options, Request
 
 import mailroom
 
-SERVERS = {"fastmail": Options.fastmail, "cyrus": Options.cyrus, "stalwart": Options.stalwart}
+SERVERS: dict[str, Callable[..., Options]] = {
+    "fastmail": partial(Options.fastmail, groups_in_use=True),
+    "cyrus": Options.cyrus,
+    "stalwart": partial(Options.stalwart, groups_in_use=True),
+}
 PROGRAM = Path(mailroom.__file__)
 FOREIGN = ("Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash", "Mine")
 COUNTS: Counter[str] = Counter()
