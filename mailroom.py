@@ -3277,7 +3277,7 @@ class Service:
                 cycles.join(SHUTDOWN_SECONDS)
                 LOG.info("stopped")
                 return 0
-            if isinstance(fault := self._over.get(), (ConfigurationError, BrokenPipeError)):
+            if isinstance(fault := self._over.get(), (ConfigurationError, OSError)):
                 raise fault
             if self._once and fault is None:
                 return 3 if self.health.consecutive_failures else 0
@@ -3286,7 +3286,7 @@ class Service:
             for problem in error.problems:
                 LOG.error(problem)
             return 2
-        except BrokenPipeError:
+        except OSError:
             raise
         except Exception:
             LOG.critical(FAULT, exc_info=True)
@@ -4197,7 +4197,7 @@ def complain(problems: Iterable[str]) -> None:
 
 
 def perform(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status (see EPILOG). Raises BrokenPipeError."""
+    """Run the command; the exit status (see EPILOG). Raises OSError, of standard output say."""
     given = list(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
         given.insert(0, "run")
@@ -4218,7 +4218,7 @@ def perform(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError:
         raise
     except Exception:
         LOG.critical(FAULT, exc_info=True)
@@ -4239,10 +4239,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return perform(sys.argv[1:] if arguments is None else arguments)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # Or Python would complain when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        complain([f"the system says: {error}"])
+        return 1
 
 
 if __name__ == "__main__":

@@ -363,6 +363,21 @@ def test_when_no_one_reads_it_ends_quietly(home: EmbeddedHome, arguments: tuple[
     assert (program.status(), said) == (141, [])
 
 
+@pytest.mark.parametrize(
+    "arguments", [("setup",), ("setup", "--sieve"), ("run", "--once", "--dry-run")]
+)
+def test_a_full_disk_is_told(home: EmbeddedHome, arguments: tuple[str, ...]) -> None:
+    furnish(home)
+    with (
+        open("/dev/full", "wb") as full,
+        Program(home, *arguments).in_pipes(full.fileno()) as program,
+    ):
+        _, err = program.outputs()
+    said = [line for line in err.splitlines() if "account ready" not in line]
+    assert program.status() == 1
+    assert said == ["mailroom: the system says: [Errno 28] No space left on device"]
+
+
 def test_when_no_one_reads_on_a_reset_stops_and_the_next_goes_on(home: EmbeddedHome) -> None:
     furnish(home)
     reader, writer = os.pipe()
