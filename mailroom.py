@@ -50,7 +50,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from itertools import combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
@@ -947,6 +947,36 @@ READ_TIMEOUT = 60.0
 MAX_REPLY_BYTES = 64 * 2**20
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 3600.0
+
+
+class FairFile(io.RawIOBase):
+    """A socket's file of which each read gives way to the other greenlets. A read that need not
+    wait does not by itself, and some loops read on for as long as something comes: `http.client`
+    over interim replies and chunk trailers, the health server over a body."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._raw = file.detach()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        gevent.sleep(0)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class FairResponse(HTTPResponse):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fp = io.BufferedReader(FairFile(self.fp))
+
+
+# Those over TLS and to a proxy inherit it.
+urllib3.connection.HTTPConnection.response_class = FairResponse
 
 
 class BearerAuth(AuthBase):
@@ -2383,15 +2413,13 @@ class EventStream:
         return response
 
     def _chunks(self, response: requests.Response) -> Iterator[bytes]:
-        """The bytes as they arrive: `read1` does not wait for a buffer to fill. A read that need
-        not wait gives way to no one, so a flood would stop everything else."""
+        """The bytes as they arrive: `read1` does not wait for a buffer to fill."""
         while True:
             with gevent.Timeout(self._quiet_limit, Quiet(f"{self._quiet_limit:g} seconds")):
                 chunk = response.raw.read1(2**13)
             if not chunk:
                 return
             yield chunk
-            gevent.sleep(0)
 
     def _take(self, event: Any) -> None:
         if event.event in ("state", "ping"):
@@ -3128,6 +3156,7 @@ class HealthHandler(gevent.pywsgi.WSGIHandler):
 
     def handle(self) -> None:
         gone = BrokenPipeError(errno.EPIPE, "too slow")
+        self.rfile = io.BufferedReader(FairFile(self.rfile))
         with suppress(OSError), gevent.Timeout(HEALTH_SECONDS, gone):
             super().handle()
 

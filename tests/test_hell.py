@@ -3,6 +3,7 @@ it does, the reconnects keep to their schedule, the timer goes on, taps are file
 and a signal ends the program."""
 
 import ctypes
+import gzip
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jmap_server import FOREVER, Fault, JMAPServer, Options
 from test_push import PING, SCHEDULE, STATE, Listener, Shutdown
-from tools import COUNTS, check_account, memory, process, running
+from tools import COUNTS, PROGRAM, check_account, free_port, memory, process, running
 
 import mailroom
 
@@ -332,10 +333,10 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(mailroom, name, seconds)
 
 
-def listening_to(peer: Peer) -> JMAPServer:
-    """An account whose event source is the peer."""
+def listening_to(peer: Peer, what: str = "eventSourceUrl") -> JMAPServer:
+    """An account whose event source, or another URL of the session, is the peer."""
     server = JMAPServer.with_mailroom_account()
-    edit: dict[str, Any] = {"edit": lambda session: {**session, "eventSourceUrl": peer.url}}
+    edit: dict[str, Any] = {"edit": lambda session: {**session, what: peer.url}}
     server.faults.append(Fault("session", times=FOREVER, **edit))
     return server
 
@@ -388,8 +389,14 @@ def test_the_timer_goes_on_and_taps_are_filed(name: str) -> None:
 
 # -------------------------------------------------------------------- the program, flooded and hung
 
+ENDLESS: dict[str, tuple[bytes, bytes]] = {
+    # the head, and what follows as fast as it is taken: none of it ever is a byte of a body
+    "interim replies": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "trailers": (CHUNKED + b"0\r\n", b"X: y\r\n"),
+    "nothing, compressed": (HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n", gzip.compress(b"")),
+}
 FLOODS: dict[str, tuple[bytes, bytes]] = {
-    # the head, and what follows as fast as it is taken
+    **ENDLESS,
     "comments": (HEAD, b": " + b"x" * 997 + b"\n"),
     "short comments": (HEAD, b":\n"),
     "line ends": (HEAD, b"\r\n"),
@@ -412,8 +419,11 @@ class Flood:
 
     def __call__(self, sock: socket.socket) -> None:
         sock.sendall(self._head)
+        left = memoryview(self._pieces)
         while True:
-            self.sent += sock.send(self._pieces)
+            sent = sock.send(left)
+            self.sent += sent
+            left = left[sent:] or memoryview(self._pieces)
 
 
 def stopped(program: "subprocess.Popen[bytes]") -> bool:
@@ -426,7 +436,7 @@ def stopped(program: "subprocess.Popen[bytes]") -> bool:
 def test_a_flood_neither_fills_the_memory_nor_stops_the_rest(
     name: str, tmp_path: Path, long: bool
 ) -> None:
-    if name not in ("comments", "states", "a line") and not long:
+    if name not in ("interim replies", "trailers", "comments", "states", "a line") and not long:
         pytest.skip("it takes --long")
     flood = Flood(*FLOODS[name])
     with Peer(flood) as peer, listening_to(peer) as server:
@@ -441,6 +451,61 @@ def test_a_flood_neither_fills_the_memory_nor_stops_the_rest(
         assert (tmp_path / "log").stat().st_size < 100_000
         check_account(server)
     COUNTS["MiB of a flooding stream"] += flood.sent >> 20
+
+
+HASTY = "import sys, mailroom; mailroom.CYCLE_DEADLINE = 1; sys.exit(mailroom.main())"
+
+
+def is_healthy(port: int) -> bool:
+    with socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        return client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("of", ["JMAP", "CardDAV"])
+def test_a_reply_without_end_ends_with_the_cycle(of: str, name: str, tmp_path: Path) -> None:
+    """And nothing else waits for it."""
+    flood, port, log = Flood(*ENDLESS[name]), free_port(), tmp_path / "log"
+    with Peer(flood) as peer, listening_to(peer, "apiUrl" if of == "JMAP" else "none") as server:
+        tap(server, "bob@x.example")
+        given = {"carddav_url": peer.url, "carddav_password": "x", "health_port": port}
+        given["carddav_username"] = "bob" if of == "CardDAV" else ""
+        with process(server, log, "-c", HASTY, **given) as program:
+            server.wait_for(lambda: "the cycle was not done after 1 seconds" in log.read_text(), 20)
+            before = len(peer.heads), flood.sent
+            server.wait_for(lambda: (len(peer.heads), flood.sent) > before, 20)
+            assert is_healthy(port)
+            assert stopped(program)
+        check_account(server)
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_ctrl_c_ends_a_command_that_is_flooded(name: str, tmp_path: Path) -> None:
+    """A command has no deadline: whoever started it looks on."""
+    flood = Flood(*ENDLESS[name])
+    with Peer(flood) as peer, listening_to(peer, "apiUrl") as server:
+        with process(server, tmp_path / "log", str(PROGRAM), "setup") as program:
+            server.wait_for(lambda: flood.sent > 2**22, 20)
+            program.send_signal(signal.SIGINT)
+            assert program.wait(timeout=5) == 130
+        assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_flooded_health_port_stops_nothing_else(tmp_path: Path) -> None:
+    flood = Flood(b"GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")
+    port = free_port()
+    with JMAPServer.with_mailroom_account() as server:
+        with process(server, tmp_path / "log", health_port=port) as program:
+            server.wait_for(lambda: server.streams, 20)
+            with socket.create_connection(("127.0.0.1", port), 5) as client:
+                flooding = gevent.spawn(mailroom.outcome, lambda: flood(client))
+                server.wait_for(lambda: flood.sent > 2**22 or flooding.ready(), 20)
+                assert is_healthy(port)
+                wait_filed(server, tap(server, "bob@x.example"), 20)
+                assert stopped(program)
+                flooding.kill()
+        check_account(server)
 
 
 @pytest.mark.usefixtures("scaled")
