@@ -3348,7 +3348,7 @@ class Service:
                 f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port}: give others, or "
                 f"port 0 for none ({str(error.strerror or error).partition(':')[0]})"
             ) from None
-        self._spawn(server.serve_forever)
+        self._spawn(lambda: server.serve_forever(stop_timeout=0))
 
     def _listen(self) -> None:
         """Start to listen, once it is known where."""

@@ -363,7 +363,8 @@ def test_the_connection_is_closed_and_it_is_said(healthy: Running) -> None:
             assert session.get(url, timeout=5).headers["Connection"] == "close"
 
 
-SLOW = [b"", b"G", b"GET /healthz HTTP/1.1\r\nX: ", b"GET /healthz HTTP/1.1\r\n\r\n"]
+WHOLE = b"GET /healthz HTTP/1.1\r\n\r\n"
+SLOW = [b"", b"G", b"GET /healthz HTTP/1.1\r\nX: ", WHOLE]
 SLOW += [b"POST /healthz HTTP/1.1\r\nContent-Length: 999\r\n\r\nx"]
 
 
@@ -451,3 +452,18 @@ def test_a_traceback_commands_no_terminal(monkeypatch: pytest.MonkeyPatch, log_f
     with server, running(server, log_format=log_format) as run:
         assert run.status() == 1
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", run.output.getvalue())
+
+
+@pytest.mark.parametrize("half", [half for half in SLOW if half != WHOLE])
+def test_a_client_that_is_not_done_is_no_obstacle_to_the_end(half: bytes) -> None:
+    port = free_port()
+    with (
+        JMAPServer.with_mailroom_account(Options(push=None)) as server,
+        running(server, health_port=port) as run,
+    ):
+        run.wait_for_cycles(1)
+        before = open_files()
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
+            client.sendall(half)
+            server.wait_for(lambda: open_files() >= before + 2)
+            assert run.stop() == 0
