@@ -51,6 +51,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
+from http.cookiejar import DefaultCookiePolicy
 from itertools import combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
@@ -1034,6 +1035,8 @@ class HTTPClient:
         self._session = requests.Session()
         # It would read a redirect's body, however long, to prepare a request that no one makes.
         self._session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
+        # A server could set more of them with each reply, and they are sent with each request.
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
 
     def open(

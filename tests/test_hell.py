@@ -508,6 +508,15 @@ def test_a_flooded_health_port_stops_nothing_else(tmp_path: Path) -> None:
         check_account(server)
 
 
+def test_no_cookie_is_kept() -> None:
+    """They would pile up, and go out with each request."""
+    http = mailroom.HTTPClient(mailroom.BearerAuth("x"))
+    with Peer(at_once(HEAD[:-2], b"Set-Cookie: a=b\r\nContent-Length: 0\r\n\r\n")) as peer:
+        for _ in range(2):
+            http.request("GET", peer.url, {})
+    assert not any(b"cookie:" in head.lower() for head in peer.heads)
+
+
 @pytest.mark.usefixtures("scaled")
 def test_signals_that_no_cycle_takes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream is then left unread, and a full queue is no obstacle to the end."""
