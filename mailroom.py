@@ -1947,7 +1947,7 @@ VERSION_4_QUERY = (
     "</C:prop-filter></C:filter>",
 )
 CARD_PROPERTIES = (
-    "<D:prop><D:creationdate/><C:address-data>",
+    "<D:prop><D:creationdate/><D:getetag/><C:address-data>",
     *(f'<C:prop name="{name}"/>' for name in LISTED),
     "</C:address-data></D:prop>",
 )
@@ -2011,6 +2011,9 @@ class CardDAVContacts:
         self._url = url
         self._books: dict[str, AddressBook] = {}
         self._etags: dict[str, str] = {}
+        # (vCard, ETag) of the groups as they were last written here, by URL. Not of the contacts:
+        # they may be many, and are seldom written twice.
+        self._groups: dict[str, tuple[str, str]] = {}
 
     def prepare(self) -> None:
         """Find the address books that can be written (RFC 6764 section 6): from the URL to the
@@ -2024,6 +2027,7 @@ class CardDAVContacts:
                     raise ConfigurationError(f"{self._url} knows no such user. {CARDDAV_REMEDY}")
                 home = self._follow(self._propfind(principal, "0"), f"{CARD}addressbook-home-set")
             found = self._propfind(home, "1")
+        self._groups.clear()
         self._books = {
             url: AddressBook(has_version_4(each), sync_token(each))
             for url, each in sorted(
@@ -2099,6 +2103,9 @@ class CardDAVContacts:
         listed = self._ask("REPORT", url, *(changes if known else everything))
         with understood(url):
             read = {href: dav_card(href, each) for href, each in listed.items()}
+        for href in self._groups.keys() & listed.keys():
+            if self._groups[href][1] != dav_text(listed[href], f"{DAV}getetag"):
+                del self._groups[href]
         if book.has_version_4 and read.keys() - {url}:
             query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
             book = replace(book, version_4=frozenset(self._ask("REPORT", url, *query)))
@@ -2153,23 +2160,36 @@ class CardDAVContacts:
     def _create(self, change: CardChange) -> str:
         """Make a card at a place of its own, where no second one can be made; why it failed."""
         url = urljoin(next(iter(self._books)), f"{uuid.UUID(change.uid)}.vcf")
-        status = self._put(url, new_vcard(change), {"If-None-Match": "*"})
+        status = self._put(url, new_vcard(change), {"If-None-Match": "*"}).status
         return "" if status in WRITTEN else f"HTTP {status}"
 
     def _edit(self, card: Card, change: CardChange) -> str:
-        """Change a card as it is now, again while others change it too; why it failed. After a 200,
-        which may be anyone's page, the card is read again: the change has to be in it then."""
+        """Change a card as it is now, again while others change it too; why it failed. A group is
+        first taken as it was left here: the server refuses that when it is so no more, and is asked
+        when the change seems to be in it already. After a 200, which may be anyone's page, the card
+        is read again: the change has to be in it then."""
         for _ in range(EDIT_ATTEMPTS):
-            text, etag = self._get(card)
+            left = self._groups.pop(card.ref, None)
+            text, etag = left or self._get(card)
             if not etag:
                 return text
             edited = edit_vcard(text, change)
-            if edited == text:
+            if edited != text:
+                reply = self._put(card.ref, edited, {"If-Match": etag})
+                if reply.status in WRITTEN:
+                    self._remember(card, edited, reply.headers.get("ETag", ""))
+                    return ""
+                if reply.status not in (200, 412):
+                    return f"HTTP {reply.status}"
+            elif not left:
                 return ""
-            status = self._put(card.ref, edited, {"If-Match": etag})
-            if status not in (200, 412):
-                return "" if status in WRITTEN else f"HTTP {status}"
         return "someone else keeps changing it"
+
+    def _remember(self, card: Card, text: str, etag: str) -> None:
+        """Remember how a group was left. A server that made something else of what it was sent
+        tells no strong ETag (RFC 6352 section 6.3.2.3)."""
+        if card.is_group and etag.startswith('"'):
+            self._groups[card.ref] = text, etag
 
     def _get(self, card: Card) -> tuple[str, str]:
         """(the vCard, its ETag), or (why there is none, nothing). A server may show a card of
@@ -2184,9 +2204,9 @@ class CardDAVContacts:
             return f"HTTP {reply.status}, ETag {etag or None}", ""
         return reply.body.decode(), etag
 
-    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> int:
+    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> Reply:
         headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
-        return self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS).status
+        return self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS)
 
 
 def is_address_book(properties: Mapping[str, ElementTree.Element]) -> bool:
@@ -2218,9 +2238,14 @@ def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | 
     Raises LookupError when nothing is said."""
     if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
         return None
-    created = properties.get(f"{DAV}creationdate")
     data = properties[f"{CARD}address-data"].text or ""
-    return vcard_card(url, data, (created.text if created is not None else "") or "")
+    return vcard_card(url, data, dav_text(properties, f"{DAV}creationdate"))
+
+
+def dav_text(properties: Mapping[str, ElementTree.Element], name: str) -> str:
+    """The text of a property; empty without one."""
+    element = properties.get(name)
+    return "" if element is None else element.text or ""
 
 
 ContactStore = JMAPContacts | CardDAVContacts

@@ -101,8 +101,7 @@ def requests_per_cycle(desk: Desk, store: str, mails_of_sender: int) -> Figures:
         work = desk.tap(mails, label)
         yield Figure("count", "requests", f"{store}, {what}", work.mail, most)
         if work.contacts:
-            # Whoever is known is found, read and written.
-            most = 2 * senders + 2 * TOUCHED_GROUPS + (label == "@ToJail")
+            most = 2 * senders + 2 * TOUCHED_GROUPS
             what = f"{store} contacts, {what}"
             yield Figure("count", "requests", what, work.contacts, most)
 

@@ -62,6 +62,7 @@ class Wire:
         self.sent: list[requests.PreparedRequest] = []
         self.before_write: Callable[[], object] | None = None
         self.lost: tuple[int, str] | None = None
+        self.after_write: Callable[[requests.Response], object] = bool
         self._send = requests.Session.send
         monkeypatch.setattr(
             requests.Session, "send", lambda *args, **more: self.send(*args, **more)
@@ -85,6 +86,8 @@ class Wire:
         response = self._send(session, request, **more)
         if fate == "reply":
             raise requests.ConnectionError("the reply is lost")
+        if is_write(request):
+            self.after_write(response)
         return response
 
     @property
@@ -926,6 +929,119 @@ def test_all_cards_are_read_again_when_the_server_cannot_tell_the_changes(
         contacts._books[url] = dataclasses.replace(known, token=token)
     uids.add(dav.add(EVE, name="Eve"))
     assert by_uid(dav.read()).keys() == uids
+
+
+# What a group was left as saves a look at it (CardDAV)
+
+
+def adding(uid: str) -> dict[str, Any]:
+    return {"add": frozenset({uid})}
+
+
+def removing(uid: str) -> dict[str, Any]:
+    return {"remove": frozenset({uid})}
+
+
+DAV_STYLES = pytest.mark.parametrize(
+    "book", on("radicale", "radicale v4", "cyrus", "cyrus v4"), indirect=True
+)
+
+
+def asked(wire: Wire, work: Callable[[], object]) -> list[str | None]:
+    """The methods of what a piece of work asks of single cards."""
+    start = len(wire.sent)
+    work()
+    return [request.method for request in wire.sent[start:] if request.method != "REPORT"]
+
+
+def left_behind(book: Book) -> tuple[str, str, str]:
+    """Bob, Eve and a group that Mailroom has just put Bob into."""
+    bob, eve, feed = book.add(BOB), book.add(EVE, name="Eve"), book.add_group("Feed")
+    assert edit(book, feed, **adding(bob)) == {}
+    return bob, eve, feed
+
+
+@DAV_STYLES
+def test_a_group_is_looked_at_once_and_then_written(book: Book, wire: Wire) -> None:
+    bob, eve, feed = left_behind(book)
+    assert asked(wire, lambda: edit(book, feed, **adding(eve))) == ["PUT"]
+    assert asked(wire, lambda: edit(book, feed, **removing(bob))) == ["PUT"]
+    assert book.seen()[feed].members == {eve}
+    book.contacts.prepare()
+    assert asked(wire, lambda: edit(book, feed, **removing(eve))) == ["GET", "PUT"]
+    assert book.seen()[feed].members == set()
+
+
+@DAV_STYLES
+def test_a_contact_is_looked_at_each_time(book: Book, wire: Wire) -> None:
+    bob = book.add(BOB)
+    for note in ("one", "two"):
+        assert asked(wire, lambda: edit(book, bob, note=(note,))) == ["GET", "PUT"]  # noqa: B023
+
+
+@DAV_STYLES
+def test_a_group_that_someone_else_has_edited_since_is_looked_at(book: Book, wire: Wire) -> None:
+    """The listing tells."""
+    bob, eve, feed = left_behind(book)
+    book.meddle(feed)
+    assert asked(wire, lambda: edit(book, feed, **adding(eve))) == ["GET", "PUT"]
+    seen = book.seen()[feed]
+    assert (set(seen.members), set(seen.phones)) == ({bob, eve}, {PHONE})
+
+
+@DAV_STYLES
+def test_a_group_that_someone_else_edits_after_the_listing_is_not_overwritten(
+    book: Book, wire: Wire
+) -> None:
+    bob, eve, feed = left_behind(book)
+    wire.before_write = lambda: book.meddle(feed)
+    assert asked(wire, lambda: edit(book, feed, **adding(eve))) == ["PUT", "GET", "PUT"]
+    seen = book.seen()[feed]
+    assert (set(seen.members), set(seen.phones)) == ({bob, eve}, {PHONE})
+    assert asked(wire, lambda: edit(book, feed, **removing(eve))) == ["PUT"]
+
+
+@pytest.mark.parametrize("theirs", [adding, removing], ids=["put in", "taken out"])
+@pytest.mark.parametrize("ours", [adding, removing], ids=["join", "leave"])
+@DAV_STYLES
+def test_who_is_in_a_group_is_never_judged_by_how_it_was_left(
+    book: Book, wire: Wire, ours: Any, theirs: Any
+) -> None:
+    """Someone else puts Eve in, who was not, or takes Bob out, who was; no listing has told."""
+    bob, eve, feed = left_behind(book)
+    who = eve if theirs is adding else bob
+    card = card_of(book.read(), feed)
+    assert book.twin().apply([CardChange(feed, card, **theirs(who))]) == {}
+    start = len(wire.sent)
+    assert book.contacts.apply([CardChange(feed, card, **ours(who))]) == {}
+    assert "GET" in [request.method for request in wire.sent[start:]]
+    assert (who in book.seen()[feed].members) == (ours is adding)
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"1"'], ids=["none", "weak"])
+def test_a_group_that_the_server_made_something_else_of_is_looked_at(
+    dav: DAVBook, wire: Wire, etag: str
+) -> None:
+    """It tells by giving no strong ETag."""
+    wire.after_write = lambda response: response.headers.update({"ETag": etag})
+    bob, eve, feed = dav.add(BOB), dav.add(EVE, name="Eve"), dav.add_group("Feed")
+    card = card_of(dav.read(), feed)
+    for who in (bob, eve):
+        change = CardChange(feed, card, **adding(who))
+        assert asked(wire, lambda: dav.contacts.apply([change])) == ["GET", "PUT"]  # noqa: B023
+    assert dav.seen()[feed].members == {bob, eve}
+
+
+def test_a_group_is_looked_at_when_a_page_comes_in_place_of_the_reply(
+    dav: DAVBook, wire: Wire
+) -> None:
+    """Whether it was written nobody knows then."""
+    bob, eve, feed = left_behind(dav)
+    wire.after_write = lambda response: setattr(response, "status_code", 200)
+    assert asked(wire, lambda: edit(dav, feed, **adding(eve))) == ["PUT", "GET"]
+    wire.after_write = bool
+    assert asked(wire, lambda: edit(dav, feed, **removing(bob))) == ["GET", "PUT"]
+    assert dav.seen()[feed].members == {eve}
 
 
 @responses.activate
