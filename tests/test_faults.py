@@ -52,10 +52,12 @@ def other_child_of_one_parent(world: World) -> None:
     world.account.label(mails[1], "@ToTruck")
 
 
-def elsewhere(world: World) -> None:
-    mails = world.triaged(BOB, "Feed")
-    world.account.label(mails[1], "@ToJail")
-    world.triaged(EVE, "Jail")
+def change_places(world: World) -> None:
+    """So that each of the groups is joined by one and left by the other."""
+    for sender, here, there in ((BOB, "Feed", "Jail"), (EVE, "Jail", "Feed")):
+        mails = world.triaged(sender, here)
+        world.account.label(mails[1], f"@To{there}")
+    world.triaged("ann@friends.example", "Jail")
 
 
 def conflict(world: World) -> None:
@@ -124,7 +126,7 @@ SCENARIOS = {
         Scenario(known_contact),
         Scenario(nameless_contact_and_a_person),
         Scenario(other_child_of_one_parent),
-        Scenario(elsewhere),
+        Scenario(change_places),
         Scenario(conflict),
         Scenario(conflict_resolved),
         Scenario(triage_taken_back),
