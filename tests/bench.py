@@ -14,6 +14,7 @@ from gevent import monkey
 monkey.patch_all()
 
 import argparse
+import json
 import random
 import statistics
 import sys
@@ -64,7 +65,7 @@ class Scale(NamedTuple):
     events: int = 10_000
     mails: int = 100_000
     contacts: int = 10_000
-    cards: int = 1_000
+    cards: int = 10_000
     mails_of_sender: int = 10_000
     steps: tuple[int, ...] = (64, 16, 4, 1)
     """Which parts of the largest size of an account are looked at."""
@@ -290,6 +291,27 @@ def memory(scale: Scale) -> Figures:
             yield Figure("time", "processor time", what, run.cpu - cpu, 3, "s")
 
 
+def memory_over_carddav(scale: Scale) -> Figures:
+    """The same of a process that has a large address book in memory, all of it in two groups."""
+    with quick_radicale() as radicale:
+        book = radicale_book(radicale)
+        uids = fill_address_book(radicale, scale.cards)
+        for group in GROUPS:
+            book.add_group(group, *(uids if group in ("Feed", "Mailroom") else ()))
+        given = {**book.settings, "triage_categories": json.dumps(CATEGORIES)}
+        with book.mail, program(book.mail, debounce_seconds=0.05, **given) as run:
+            large, idle = f"{scale.cards:,} contacts over CardDAV", run.rss
+            note = f"idle: {idle:.0f} MB"
+            yield Figure("size", "memory", f"at most, reading {large}", run.peak, 100, "MB", note)
+            run.forget_peak()
+            for mail in deliver_for(book.mail, 3):
+                tap(book.mail, [mail])
+            yield Figure("size", "memory", f"at most, triaging, {large}", run.peak, 100, "MB")
+            run.wait_until_quiet(1)
+            what = f"after that, more than idle, {large}"
+            yield Figure("size", "memory", what, run.rss - idle, 10, "MB")
+
+
 def start(scale: Scale) -> Figures:
     with JMAPServer.with_mailroom_account(Options.fastmail()) as server:
         seconds = [start_seconds(server) for _ in range(scale.starts)]
@@ -415,6 +437,7 @@ SECTIONS: dict[str, Callable[[Scale], Figures]] = {
     "tap without push": taps_without_push,
     "idle": idle_hour,
     "memory": memory,
+    "memory over CardDAV": memory_over_carddav,
     "start": start,
     "senders": lambda _: work_per_sender(),
     "growth": growth,

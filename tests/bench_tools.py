@@ -332,11 +332,11 @@ def quick_radicale() -> RadicaleServer:
         return RadicaleServer()
 
 
-def fill_address_book(radicale: RadicaleServer, number: int) -> None:
-    """Contacts of the user's own, put straight into the storage."""
+def fill_address_book(radicale: RadicaleServer, number: int) -> list[str]:
+    """Contacts of the user's own, put straight into the storage; their uids."""
     place = radicale.home / "collections/collection-root" / radicale.username / radicale.addressbook
-    for n in range(number):
-        uid = uuid.uuid4()
+    uids = [uuid.uuid4() for _ in range(number)]
+    for n, uid in enumerate(uids):
         lines = [
             f"UID:{uid}",
             f"FN:Contact {n}",
@@ -345,6 +345,7 @@ def fill_address_book(radicale: RadicaleServer, number: int) -> None:
         ]
         text = "\r\n".join(["BEGIN:VCARD", "VERSION:3.0", *lines, "END:VCARD", ""])
         (place / f"{uid}.vcf").write_text(text, newline="")
+    return [uid.urn for uid in uids]
 
 
 def start_seconds(server: JMAPServer) -> float:
