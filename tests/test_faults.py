@@ -320,13 +320,13 @@ def some(places: list[tuple[int, str]], name: str, style: str) -> list[tuple[int
     return picked
 
 
-@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("style", STYLES)
 def test_a_fault_at_every_step(name: str, style: str, radicale: RadicaleServer, long: bool) -> None:
     run = undisturbed(name, style, radicale)
     places = run.places if long else some(run.places, name, style)
     # A real server takes its time: of a scenario of many requests a part is enough there.
-    every = (7 if long else 3) if len(run.requests) > 40 and style == "radicale" else 1
+    every = 3 if len(run.requests) > 40 and style == "radicale" and not long else 1
     wrong = []
     for nth, kind in places[::every]:
         try:
