@@ -15,6 +15,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="all faults and many more random examples, in place of a selection",
     )
+    parser.addoption(
+        "--part", default="1/1", help="1/2: every other test, beside which 2/2 may run the others"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A part of the tests that are left after `-k` and `-m`."""
+    part, of = map(int, config.getoption("--part").split("/"))
+    items[:] = items[part - 1 :: of]
 
 
 def pytest_configure(config: pytest.Config) -> None:
