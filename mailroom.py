@@ -945,7 +945,8 @@ def plan_sender(
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 60.0
-MAX_REPLY_BYTES = 64 * 2**20
+# Several times what a large address book takes; a hostile reply of it takes seconds to parse.
+MAX_REPLY_BYTES = 32 * 2**20
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 3600.0
 
