@@ -44,7 +44,7 @@ import sys
 import time
 import uuid
 from base64 import b64encode
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -1506,7 +1506,8 @@ class JMAPContacts:
     """Contacts in a JMAP account: one of the two stores, which have the same public methods.
 
     JMAP gives all members of a group or none. So where a search finds the large groups by their
-    members, only the others are read with theirs, and the search tells who is in a large one.
+    members, only the others are read with theirs, and the search tells who is in a large one. When
+    it fails, or does not know what was written here, all are read with theirs the next time.
     """
 
     def __init__(self, client: JMAPClient) -> None:
@@ -1515,6 +1516,8 @@ class JMAPContacts:
         self._state = ""
         self._has_search = False
         self._small: list[str] = []
+        # (ref, uid, whether it is in that group), as it was lately written here.
+        self._written: deque[tuple[str, str, bool]] = deque(maxlen=1000)
 
     def prepare(self) -> None:
         """Find the default address book. Raises ConfigurationError without one, ServerError."""
@@ -1544,6 +1547,7 @@ class JMAPContacts:
             small = {"ids": self._small, "properties": ["id", "members"]}
             calls += [("ContactCard/get", small), *map(groups_with, uids)]
             keys = CARD_KEYS[:-1]
+        self._has_search = False  # until it has answered
         return calls, [Query("ContactCard", filter_, keys, jmap_card) for filter_ in filters]
 
     def cards(
@@ -1553,22 +1557,24 @@ class JMAPContacts:
         have met: a contact not seen would be doubled."""
         self._state = str(answers[0].get("state"))
         cards = [card for cards in found for card in expect(cards)]
-        if not addresses:
-            self._try_search([card for card in cards if card.is_group])
-        elif self._has_search:
+        if addresses and answers[1:]:
             return self._with_members(cards, addresses, answers[1:])
+        self._try_search([card for card in cards if card.is_group])
         return cards
 
     def _try_search(self, groups: Sequence[Card]) -> None:
-        """See whether a search by a member finds the large groups."""
+        """See whether a search by a member of each large group finds just the groups it is in."""
         large = [group for group in groups if len(group.members) > MANY_MEMBERS]
-        answers = self._client.send([[groups_with(min(group.members))] for group in large])
+        uids = sorted({min(group.members) for group in large})
+        answers = self._client.send([[groups_with(uid)] for uid in uids])
         with understood("ContactCard/query"):
             found = [
-                not isinstance(answer, MethodError) and group.ref in answer["ids"]
-                for group, [answer] in zip(large, answers, strict=True)
+                not isinstance(answer, MethodError)
+                and {*answer["ids"]} == {group.ref for group in groups if uid in group.members}
+                for uid, [answer] in zip(uids, answers, strict=True)
             ]
         self._has_search = bool(found) and all(found)
+        self._written.clear()
         small = [group.ref for group in groups if group not in large]
         self._small = small[: self._client.limits["maxObjectsInGet"]]
 
@@ -1580,8 +1586,9 @@ class JMAPContacts:
         small, *known = answers
         holders = dict(zip(map(contact_uid, addresses), known, strict=True))
         taken = {card.uid for card in cards}
-        uids = {card.uid for card in cards if not card.is_group}
-        new = set(addresses).difference(*(card.emails for card in cards))
+        contacts = [card for card in cards if not card.is_group]
+        uids = {card.uid for card in contacts}
+        new = set(addresses).difference(*(card.emails for card in contacts))
         more = sorted((uids | {contact_uid(each, taken) for each in new}) - holders.keys())
         replies = self._client.send([[groups_with(uid)] for uid in more])
         holders |= {uid: expect(answer) for uid, [answer] in zip(more, replies, strict=True)}
@@ -1592,6 +1599,10 @@ class JMAPContacts:
                 if card.is_group
             }
             members |= {raw["id"]: {*members_of(raw)} for raw in small["list"]}
+        written = {(ref, uid): there for ref, uid, there in self._written if uid in holders}
+        if any((uid in members.get(ref, ())) != there for (ref, uid), there in written.items()):
+            raise ServerError("the search for members lags behind", answered=True)
+        self._has_search = True
         return [replace(card, members=frozenset(members.get(card.ref, ()))) for card in cards]
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
@@ -1615,6 +1626,12 @@ class JMAPContacts:
             for uid, (_, key, _) in portion.items():
                 if key in errors:
                     refused[uid] = error_text(errors[key])
+        self._written += [
+            (change.card.ref, uid, uid in change.add)
+            for change in changes
+            if change.card and change.uid not in refused
+            for uid in change.add | change.remove
+        ]
         not_made = {change.uid for change in changes if not change.card} & refused.keys()
         out = [
             CardChange(change.uid, change.card, remove=change.add & not_made)

@@ -76,6 +76,7 @@ LIMITS = {
 SIEVE_LIMITS = {"maxSizeScriptName": 512, "maxSizeScript": 65536, "maxNumberScripts": 5}
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
 FOREVER = 10**9
+HasMember = Literal["works", "empty", "error", "everything", "late"]
 BYSTANDER = "urn:uuid:5eb7c4f2-8f2d-4c1e-9d7e-0b6f0a3c1d55"  # who is in a group that is in use
 
 
@@ -137,7 +138,7 @@ class Options:
     id_is_uid: bool = False  # a contact's id is its uid (Cyrus); set it before the account is made
     not_finds_nothing: bool = False  # a ContactCard/query with NOT finds nothing (Cyrus)
     groups_in_use: bool = False  # each group has a member; set it before the account is made
-    has_member: Literal["works", "empty", "error"] = "works"  # what a search by a member does
+    has_member: HasMember = "works"  # what a search by a member does
     latency: float = 0  # seconds every request spends on the network
     history: int = FOREVER  # how many requests and writes are kept
 
@@ -359,6 +360,8 @@ class Account:
         self.cards: dict[str, JSON] = {}
         self.groups: set[str] = set()
         self.by_uid: dict[str, str] = {}
+        self.indexed: dict[str, list[str]] = {}
+        """The members of groups, as far as a late index knows."""
         self.scripts: dict[str, Script] = {}
         self.blobs: dict[str, bytes] = {}
         self.by_email, self.by_sender, self.by_raw_sender = TextIndex(), TextIndex(), TextIndex()
@@ -1052,7 +1055,7 @@ class Cards(Kind):
             "inAddressBook": lambda card: value in card["addressBookIds"],
             "name": lambda card: has_text(card.get("name")),
             "text": has_text,
-            "hasMember": lambda card: value in card.get("members", {}),
+            "hasMember": lambda card: value in self._members_found(card),
         }
 
     def condition(self, name: str, value: Any, among: Ids) -> Ids:
@@ -1066,9 +1069,17 @@ class Cards(Kind):
             return among & account.groups
         if name == "hasMember" and self.options.has_member == "error":
             raise MethodError("unsupportedFilter", name)
+        if name == "hasMember" and self.options.has_member == "everything":
+            return among
         if name == "hasMember":
-            among = among & account.groups if self.options.has_member == "works" else set()
+            among = among & account.groups if self.options.has_member != "empty" else set()
         return super().condition(name, value, among)
+
+    def _members_found(self, card: JSON) -> Iterable[str]:
+        """Those in the index, which has them from the first search on if it is "late"."""
+        members = card.get("members", {})
+        late = self.options.has_member == "late"
+        return self.account.indexed.setdefault(card["id"], [*members]) if late else members
 
     def create(self, item: JSON) -> JSON:
         self._validate(item, item.keys() | set(CARD_REQUIRED), {})
