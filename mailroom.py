@@ -3286,6 +3286,8 @@ class Health:
 # ------------------------------------------------------------------------------------------------
 
 FAULT = "a fault in the program"
+# Of a standard output that is full or that no one reads. Other OSErrors have classes of their own.
+OUTPUT_ERRORS = (OSError, BrokenPipeError)
 SHUTDOWN_SECONDS = 3.0
 CONNECT_GRACE = 1.0
 # So many signals may wait for a cycle; then the stream is left unread.
@@ -3352,7 +3354,8 @@ class Service:
                 cycles.join(SHUTDOWN_SECONDS)
                 LOG.info("stopped")
                 return 0
-            if isinstance(fault := self._over.get(), (ConfigurationError, OSError)):
+            fault = self._over.get()
+            if fault and type(fault) in (ConfigurationError, *OUTPUT_ERRORS):
                 raise fault
             if self._once and fault is None:
                 return 3 if self.health.consecutive_failures else 0
@@ -3361,9 +3364,9 @@ class Service:
             for problem in error.problems:
                 LOG.error(problem)
             return 2
-        except OSError:
-            raise
-        except Exception:
+        except Exception as error:
+            if type(error) in OUTPUT_ERRORS:
+                raise
             LOG.critical(FAULT, exc_info=True)
             return 1
         finally:
@@ -4210,7 +4213,8 @@ examples:
 
 exit status:
   0    done, or stopped as asked
-  1    a fault in the program (with a traceback), or setup or reset is not done
+  1    a fault in the program (with a traceback), setup or reset is not done, or
+       no room is left for what is printed
   2    settings, credentials, or an account that lacks something
   3    `run --once`: a sender could not be triaged, or the server not be reached
   130  setup or reset: stopped with Ctrl-C
@@ -4293,9 +4297,9 @@ def perform(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except OSError:
-        raise
-    except Exception:
+    except Exception as error:
+        if type(error) in OUTPUT_ERRORS:
+            raise
         LOG.critical(FAULT, exc_info=True)
         return 1
 

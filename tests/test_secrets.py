@@ -442,15 +442,19 @@ def test_no_server_forges_a_line(log_format: str) -> None:
     assert_honest(written, log_format)
 
 
+@pytest.mark.parametrize("fault", [ValueError, ConnectionError])
 @pytest.mark.parametrize("log_format", ["json", "text"])
-def test_a_traceback_commands_no_terminal(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
+def test_a_traceback_commands_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, log_format: str, fault: type[Exception]
+) -> None:
     def boom(_: object) -> None:
-        raise ValueError("\x1b[2J\x9b31m\rforged")
+        raise fault("\x1b[2J\x9b31m\rforged")
 
     monkeypatch.setattr(mailroom.Triage, "run", boom)
     server = JMAPServer.with_mailroom_account()
     with server, running(server, log_format=log_format) as run:
         assert run.status() == 1
+    assert f"{fault.__name__}: " in run.output.getvalue()
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", run.output.getvalue())
 
 
