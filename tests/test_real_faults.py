@@ -4,7 +4,7 @@ embedded server, and all of it on Cyrus (nox -s cyrus)."""
 
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 import tools
 from cyrus_server import CyrusServer
 from fault_proxy import FaultProxy
-from jmap_server import Fault
+from jmap_server import Fault, Request
 from radicale_server import RadicaleServer
 from test_cyrus import STOP_SECONDS, Account, wait_for
 from test_faults import BOB, EVE, KINDS
@@ -41,11 +41,17 @@ def made(radicale: RadicaleServer) -> World:
     return world
 
 
-def goal_of(radicale: RadicaleServer) -> tuple[Goal, int]:
-    """Where it leads to, and by how many requests."""
+def goal_of(radicale: RadicaleServer) -> tuple[Goal, list[Request]]:
+    """Where it leads to, and by which requests."""
     with made(radicale) as world:
         assert Program(world.settings).cycle() == "success"
-        return world.end(), len(world.requests)
+        assert world.groups()[BOB] == {"Jail", "Mailroom"}
+        assert world.groups()[EVE] == {"Billboard", "Paper Trail", "Mailroom"}
+        return world.end(), [request for _, request in world.requests]
+
+
+def is_write(request: Request) -> bool:
+    return request.method == "PUT" or any(name.endswith("/set") for name in request.methods)
 
 
 @contextmanager
@@ -57,7 +63,10 @@ def process(world: World, output: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def wait_until_done(world: World, *processes: "subprocess.Popen[bytes]") -> None:
-    """Until no label is left, and of several each has looked once more; then they are to stop."""
+    """Until something was asked and no label is left, and of several each has looked once more;
+    then they are to stop."""
+    start = len(world.requests)
+    world.mail.wait_for(lambda: len(world.requests) > start, 30)
     world.mail.wait_for(lambda: not any(map(labels_in, world.boxes().values())), 30)
     goal = len(world.requests) + 2 * (len(processes) - 1)
     world.mail.wait_for(lambda: len(world.requests) >= goal, 30)
@@ -67,12 +76,15 @@ def wait_until_done(world: World, *processes: "subprocess.Popen[bytes]") -> None
 
 
 def test_sigkill_at_any_request(radicale: RadicaleServer, tmp_path: Path, long: bool) -> None:
+    """By default after each that writes."""
     goal, requests = goal_of(radicale)
-    for nth in range(2, requests + 1, 1 if long else 8):
+    for nth, request in enumerate(requests, 1):
+        if not (long or is_write(request)):
+            continue
         with made(radicale) as world, ExitStack() as stack:
             world.watch(goal)
             victim = stack.enter_context(process(world, tmp_path / "killed"))
-            kill = Fault(after=victim.kill, drop=True, work=nth % 4 > 1)
+            kill = Fault(after=victim.kill, drop=True, work=is_write(request))
             world.meet = lambda n, _: kill if n == nth else None  # noqa: B023
             assert victim.wait(30) < 0
             wait_until_done(world, stack.enter_context(process(world, tmp_path / "log")))
@@ -160,17 +172,24 @@ HTTP_KINDS = [kind for kind in HTTP_KINDS if kind not in ("connection refused", 
 
 @pytest.mark.cyrus
 def test_a_fault_at_any_request_to_cyrus(desk: Desk, long: bool) -> None:
-    """A sender is new and may then be triaged again, with a fault each time."""
+    """A sender is new and may then be triaged again, with a fault each time: at any request, and
+    then at any that writes."""
     given = {name: value for name, value in desk.settings.items() if not name.startswith("log")}
     settings = settings_for(desk.proxy, **given)
 
-    def run(label: str, sender: str, kind: str, nth: int) -> int:
-        """The number of requests until all is done."""
+    def run(
+        label: str, sender: str, kind: str, nth: int, counts: Callable[[Request], bool] = bool
+    ) -> int:
+        """The fault is met by the nth request of those that count. The number of requests until
+        all is done."""
         desk.tap(sender, label)
         program, start = Program(settings), len(desk.proxy.requests)
-        desk.proxy.on_request = lambda _, request: (
-            KINDS[kind](program, request) if len(desk.proxy.requests) == start + nth else None
-        )
+
+        def meet(_: int, request: Request) -> Fault | None:
+            number = sum(map(counts, desk.proxy.requests[start:]))
+            return KINDS[kind](program, request) if counts(request) and number == nth else None
+
+        desk.proxy.on_request = meet
         program.cycle()
         desk.proxy.on_request = None
         assert program.cycle() == "success"
@@ -183,7 +202,7 @@ def test_a_fault_at_any_request_to_cyrus(desk: Desk, long: bool) -> None:
         desk.check_triaged(sender, "Feed")
         COUNTS["faults on the way to Cyrus"] += 1
         if long or number % 2:
-            run("@ToJail", sender, kind, 1 + (5 * number + 2) % (most - 1))
+            run("@ToJail", sender, kind, 1 + number % 5, is_write)
             desk.check_triaged(sender, "Feed", "Jail")
             COUNTS["faults on the way to Cyrus"] += 1
 

@@ -30,6 +30,7 @@ STYLES = (*SERVERS, "radicale")
 PHONE = "+1 555 0100"
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
 MARKS = {"@MailroomError", "@MailroomWarning"}
+PROVENANCE = {"Mailroom"}
 OWN_LINES = ("UID:", "PRODID:", "X-ADDRESSBOOKSERVER-MEMBER:", "MEMBER:")
 
 
@@ -472,7 +473,8 @@ class World:
     ) -> Iterable[str]:
         for address, old in start.groups.items():
             now, new = groups.get(address, set()), goal.groups.get(address, set())
-            if not now >= old & new or (new and old and not now & (old | new)):
+            routed = (old | new) - PROVENANCE
+            if not now >= old & new or (routed & old and routed & new and not now & routed):
                 yield f"{address} was in {old}, is to be in {new} and is in {now}"
         done = {
             address
