@@ -2,11 +2,17 @@
 
 import mailroom  # noqa: I001  (its import is the monkey patch)
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+from cyrus_server import CyrusServer
+from radicale_server import RadicaleServer
 from tools import COUNTS
 
 pytest.register_assert_rewrite("homes")
+
+from homes import STORES, EmbeddedHome, embedded_home  # noqa: E402  (rewritten from here on)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +50,24 @@ def long(request: pytest.FixtureRequest) -> bool:
 def large_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group with one member is a large one already: more can go wrong with those."""
     monkeypatch.setattr(mailroom, "MANY_MEMBERS", 0)
+
+
+@pytest.fixture(scope="module")
+def radicale() -> Iterator[RadicaleServer]:
+    with RadicaleServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cyrus() -> Iterator[CyrusServer]:
+    with CyrusServer() as server:
+        yield server
+
+
+@pytest.fixture(params=STORES)
+def home(request: pytest.FixtureRequest) -> Iterator[EmbeddedHome]:
+    with embedded_home(request.param, lambda: request.getfixturevalue("radicale")) as home:
+        yield home
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -300,11 +300,12 @@ STOPS = [
 
 class Fate:
     """What befalls Mailroom's requests, on the way to whatever server. `befall` is asked before
-    each, and says one of FATES or nothing."""
+    each, and says one of FATES or nothing; `after_write` may change the reply to a write."""
 
     def __init__(self) -> None:
         self.sent: list[requests.PreparedRequest] = []
         self.befall: Callable[[requests.PreparedRequest], str] = lambda _: ""
+        self.after_write: Callable[[requests.Response], object] = bool
         self._send = requests.Session.send
 
     def send(
@@ -325,6 +326,8 @@ class Fate:
             raise Killed
         if fate == "reply lost":
             raise requests.ConnectionError("the reply is lost")
+        if is_write(request):
+            self.after_write(response)
         return response
 
     @property

@@ -7,7 +7,7 @@ some of the servers. With `--long` all of it runs.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,12 +18,6 @@ from tools import COUNTS
 from worlds import PHONE, STYLES, Goal, Program, World, seeded
 
 BOB, EVE = "bob@shop.example", "eve@evil.example"
-
-
-@pytest.fixture(scope="module")
-def radicale() -> Iterator[RadicaleServer]:
-    with RadicaleServer() as server:
-        yield server
 
 
 # ------------------------------------------------------------------------------------- scenarios

@@ -178,12 +178,6 @@ def embedded_account(server: JMAPServer) -> Account:
     return account
 
 
-@pytest.fixture(scope="module")
-def cyrus() -> Iterator[CyrusServer]:
-    with CyrusServer() as server:
-        yield server
-
-
 def pair_on(cyrus: CyrusServer) -> Iterator[Pair]:
     with JMAPServer(Options.cyrus(from_search="error", last_mailbox="refuse")) as embedded:
         yield Pair(cyrus_account(cyrus), embedded_account(embedded))

@@ -20,12 +20,6 @@ from worlds import PHONE, STYLES, Program, World, seeded
 ANN = "ann@friends.example"
 
 
-@pytest.fixture(scope="module")
-def radicale() -> Iterator[RadicaleServer]:
-    with RadicaleServer() as server:
-        yield server
-
-
 # ------------------------------------------------------------------------------------- the user
 
 

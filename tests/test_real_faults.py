@@ -24,12 +24,6 @@ from mailroom import CREATED_NOTE
 # ------------------------------------------------------------------------------------- Radicale
 
 
-@pytest.fixture(scope="module")
-def radicale() -> Iterator[RadicaleServer]:
-    with RadicaleServer() as server:
-        yield server
-
-
 def made(radicale: RadicaleServer) -> World:
     """Bob moves from Feed to Jail; four others are new."""
     seeded()
@@ -143,12 +137,6 @@ class Desk:
 
     def is_done(self) -> bool:
         return not any(map(labels_in, self.account.where().values()))
-
-
-@pytest.fixture(scope="module")
-def cyrus() -> Iterator[CyrusServer]:
-    with CyrusServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 mail whatever happens, and that stopped anywhere it goes on to the same end."""
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -21,17 +20,10 @@ APPLY = ("reset", "--apply", "--yes")
 DONE = ("Mailroom is out of the account.", "There is nothing to do.")
 
 
-@pytest.fixture(scope="module")
-def radicale() -> Iterator[RadicaleServer]:
-    with RadicaleServer() as server:
-        yield server
-
-
-@pytest.fixture(params=homes.STORES)
-def home(request: pytest.FixtureRequest) -> Iterator[EmbeddedHome]:
-    with embedded_home(request.param, lambda: request.getfixturevalue("radicale")) as home:
-        home.changes["triage_categories"] = CATEGORIES
-        yield home
+@pytest.fixture
+def home(home: EmbeddedHome) -> EmbeddedHome:
+    home.changes["triage_categories"] = CATEGORIES
+    return home
 
 
 on_jmap = pytest.mark.parametrize("home", ["fastmail"], indirect=True)

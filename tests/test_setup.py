@@ -29,18 +29,6 @@ GROUPS = {*("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truc
 WITHOUT = {"Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash", "Mine"}
 
 
-@pytest.fixture(scope="module")
-def radicale() -> Iterator[RadicaleServer]:
-    with RadicaleServer() as server:
-        yield server
-
-
-@pytest.fixture(params=homes.STORES)
-def home(request: pytest.FixtureRequest) -> Iterator[EmbeddedHome]:
-    with embedded_home(request.param, lambda: request.getfixturevalue("radicale")) as home:
-        yield home
-
-
 on_jmap = pytest.mark.parametrize("home", ["fastmail"], indirect=True)
 two_stores = pytest.mark.parametrize("home", ["cyrus", "radicale"], indirect=True)
 

@@ -28,12 +28,6 @@ every_server = pytest.mark.parametrize("options", SERVERS.values(), ids=SERVERS)
 Make = Callable[..., Options]
 
 
-@pytest.fixture(scope="module")
-def radicale() -> Iterator[RadicaleServer]:
-    with RadicaleServer() as server:
-        yield server
-
-
 @pytest.fixture(params=STORES)
 def home(request: pytest.FixtureRequest) -> Iterator[EmbeddedHome]:
     with embedded_home(request.param, lambda: request.getfixturevalue("radicale")) as home:
