@@ -1965,7 +1965,7 @@ VERSION_4_QUERY = (
     "</C:prop-filter></C:filter>",
 )
 CARD_PROPERTIES = (
-    "<D:prop><D:creationdate/><D:getetag/><C:address-data>",
+    "<D:prop><D:creationdate/><C:address-data>",
     *(f'<C:prop name="{name}"/>' for name in LISTED),
     "</C:address-data></D:prop>",
 )
@@ -2121,8 +2121,9 @@ class CardDAVContacts:
         listed = self._ask("REPORT", url, *(changes if known else everything))
         with understood(url):
             read = {href: dav_card(href, each) for href, each in listed.items()}
-        for href in self._groups.keys() & listed.keys():
-            if self._groups[href][1] != dav_text(listed[href], f"{DAV}getetag"):
+        for href in self._groups.keys() & read.keys():
+            card, (text, _) = read[href], self._groups[href]
+            if not card or card != vcard_card(href, text, card.created):
                 del self._groups[href]
         if book.has_version_4 and read.keys() - {url}:
             query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
@@ -2256,14 +2257,9 @@ def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | 
     Raises LookupError when nothing is said."""
     if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
         return None
+    created = properties.get(f"{DAV}creationdate")
     data = properties[f"{CARD}address-data"].text or ""
-    return vcard_card(url, data, dav_text(properties, f"{DAV}creationdate"))
-
-
-def dav_text(properties: Mapping[str, ElementTree.Element], name: str) -> str:
-    """The text of a property; empty without one."""
-    element = properties.get(name)
-    return "" if element is None else element.text or ""
+    return vcard_card(url, data, (created.text if created is not None else "") or "")
 
 
 ContactStore = JMAPContacts | CardDAVContacts
