@@ -1973,7 +1973,7 @@ DISCOVERED = (
     "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/>"
     "<C:addressbook-home-set/><C:supported-address-data/><D:sync-token/></D:prop>"
 )
-DAVProperties = dict[str, dict[str, ElementTree.Element]]
+DAVProperties = dict[str, ElementTree.Element]
 
 
 @dataclass(frozen=True)
@@ -1993,26 +1993,31 @@ def dav_body(root: str, *elements: str) -> bytes:
     return f"<{root} {declared}>{''.join(elements)}</{root}>".encode()
 
 
-def dav_properties(url: str, body: bytes) -> DAVProperties:
-    """{URL: {property: element}} of a multistatus (RFC 4918 section 13): those with status 200, and
-    the status of what is gone; the sync token counts as the collection's (RFC 6578 section 3.2).
-    Raises ValueError for a listing that was cut short (RFC 6352 section 8.6.2)."""
+def dav_properties(url: str, body: bytes) -> Iterator[tuple[str, DAVProperties]]:
+    """(URL, {property: element}) of each response in a multistatus (RFC 4918 section 13): those
+    with status 200, and the status of what is gone; last the sync token, as the collection's (RFC
+    6578 section 3.2). A response that is read is let go, as thousands take much memory. Raises
+    ValueError for a listing that was cut short (RFC 6352 section 8.6.2)."""
     # The expat that Python brings refuses entities that grow without bound.
-    root = ElementTree.fromstring(body)  # noqa: S314
-    token = root.findall(f"{DAV}sync-token")
-    found: DAVProperties = {url: {f"{DAV}sync-token": token[0]}} if token else {}
-    for response in root.iter(f"{DAV}response"):
+    elements = ElementTree.iterparse(io.BytesIO(body), ("start", "end"))  # noqa: S314
+    _, root = next(elements)
+    for event, response in elements:
+        if (event, response.tag) != ("end", f"{DAV}response"):
+            continue
         if " 507" in response.findtext(f"{DAV}status", ""):
             raise ValueError("the listing is cut short")
         if not (href := href_in(url, response)):
             raise ValueError("a response without href")
-        properties = found.setdefault(href, {})
+        properties: DAVProperties = {}
         if " 404" in response.findtext(f"{DAV}status", ""):
             properties |= {each.tag: each for each in response.findall(f"{DAV}status")}
         for propstat in response.iter(f"{DAV}propstat"):
             if " 200 " in propstat.findtext(f"{DAV}status", "") + " ":
                 properties |= {each.tag: each for each in propstat.findall(f"{DAV}prop/*")}
-    return found
+        yield href, properties
+        response.clear()
+    for token in root.findall(f"{DAV}sync-token"):
+        yield url, {token.tag: token}
 
 
 def href_in(url: str, element: ElementTree.Element | None) -> str:
@@ -2058,14 +2063,14 @@ class CardDAVContacts:
                 f"{self._url} has no address book to write into. {CARDDAV_REMEDY}"
             )
 
-    def _follow(self, found: DAVProperties, name: str) -> str:
+    def _follow(self, found: Mapping[str, DAVProperties], name: str) -> str:
         """The URL that a property of what was found names; empty without one."""
         for url, properties in found.items():
             with understood(url):
                 return href_in(url, properties.get(name))
         return ""
 
-    def _first_propfind(self) -> DAVProperties:
+    def _first_propfind(self) -> dict[str, DAVProperties]:
         """The start of the search. A bare origin may or may not have a well-known URI."""
         if urlsplit(self._url).path in ("", "/"):
             try:
@@ -2075,19 +2080,21 @@ class CardDAVContacts:
                     raise
         return self._propfind(self._url, "0")
 
-    def _propfind(self, url: str, depth: str) -> DAVProperties:
+    def _propfind(self, url: str, depth: str) -> dict[str, DAVProperties]:
         try:
-            return self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED)
+            with understood(url):
+                return dict(self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED))
         except ServerError as error:
             error.args = (f"MAILROOM_CARDDAV_URL={self._url}: {error}",)
             raise
 
-    def _ask(self, method: str, url: str, depth: str, *body: str) -> DAVProperties:
-        """A request that a multistatus answers, and what it says."""
+    def _ask(
+        self, method: str, url: str, depth: str, *body: str
+    ) -> Iterator[tuple[str, DAVProperties]]:
+        """A request that a multistatus answers, and what that says. Raises MALFORMED errors."""
         headers = {"Content-Type": DAV_TYPE, "Depth": depth}
         reply = self._http.request(method, url, headers, dav_body(*body), accept=(207,))
-        with understood(reply.url):
-            return dav_properties(reply.url, reply.body)
+        return dav_properties(reply.url, reply.body)
 
     def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
         """Nothing: the JMAP server does not know."""
@@ -2118,18 +2125,20 @@ class CardDAVContacts:
         since = (book.token, "<D:sync-level>1</D:sync-level>")
         changes = ("0", "D:sync-collection", *since, *CARD_PROPERTIES)
         everything = ("1", "C:addressbook-query", *CARD_PROPERTIES, "<C:filter/>")
-        listed = self._ask("REPORT", url, *(changes if known else everything))
+        read, token = {}, book.token
         with understood(url):
-            read = {href: dav_card(href, each) for href, each in listed.items()}
+            for href, each in self._ask("REPORT", url, *(changes if known else everything)):
+                token = sync_token(each) or token
+                read[href] = dav_card(href, each)
+            if book.has_version_4 and any(read.values()):
+                query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
+                book = replace(book, version_4=frozenset(dict(self._ask("REPORT", url, *query))))
         for href in self._groups.keys() & read.keys():
             card, (text, _) = read[href], self._groups[href]
             if not card or card != vcard_card(href, text, card.created):
                 del self._groups[href]
-        if book.has_version_4 and read.keys() - {url}:
-            query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
-            book = replace(book, version_4=frozenset(self._ask("REPORT", url, *query)))
         cards = {href: card for href, card in {**known, **read}.items() if card}
-        return replace(book, token=sync_token(listed.get(url, {})) or book.token, cards=cards)
+        return replace(book, token=token, cards=cards)
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
@@ -2228,31 +2237,31 @@ class CardDAVContacts:
         return self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS)
 
 
-def is_address_book(properties: Mapping[str, ElementTree.Element]) -> bool:
+def is_address_book(properties: DAVProperties) -> bool:
     resource_type = properties.get(f"{DAV}resourcetype")
     return resource_type is not None and resource_type.find(f"{CARD}addressbook") is not None
 
 
-def is_writable(properties: Mapping[str, ElementTree.Element]) -> bool:
+def is_writable(properties: DAVProperties) -> bool:
     """Whether a collection takes new members, as far as it says (RFC 3744 section 5.4)."""
     privileges = properties.get(f"{DAV}current-user-privilege-set")
     granted = {each.tag for each in privileges.iter()} if privileges is not None else {f"{DAV}all"}
     return not granted.isdisjoint({f"{DAV}{name}" for name in ("all", "write", "bind")})
 
 
-def has_version_4(properties: Mapping[str, ElementTree.Element]) -> bool:
+def has_version_4(properties: DAVProperties) -> bool:
     """Whether an address book may hold vCards of version 4.0 (RFC 6352 section 6.2.2)."""
     types = properties.get(f"{CARD}supported-address-data")
     return types is not None and any(each.get("version") == "4.0" for each in types.iter())
 
 
-def sync_token(properties: Mapping[str, ElementTree.Element]) -> str:
+def sync_token(properties: DAVProperties) -> str:
     """The token of a collection's state (RFC 6578 section 4), as XML; empty without one."""
     token = properties.get(f"{DAV}sync-token")
     return "" if token is None or not token.text else ElementTree.tostring(token, "unicode")
 
 
-def dav_card(url: str, properties: Mapping[str, ElementTree.Element]) -> Card | None:
+def dav_card(url: str, properties: DAVProperties) -> Card | None:
     """A Card from what a REPORT says of it, None of one that is gone or of the collection itself.
     Raises LookupError when nothing is said."""
     if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
