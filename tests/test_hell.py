@@ -22,6 +22,7 @@ from typing import Any
 
 import gevent
 import pytest
+import urllib3
 from gevent.server import StreamServer
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -478,6 +479,10 @@ def test_a_reply_without_end_ends_with_the_cycle(of: str, name: str, tmp_path: P
             assert is_healthy(port)
             assert stopped(program)
         check_account(server)
+
+
+def test_replies_over_tls_are_read_in_the_same_way() -> None:
+    assert urllib3.connection.HTTPSConnection.response_class is mailroom.FairResponse
 
 
 @pytest.mark.parametrize("name", ENDLESS)
