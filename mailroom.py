@@ -945,6 +945,7 @@ def plan_sender(
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 60.0
+MAX_REPLY_SECONDS = 300.0
 # Several times what a large address book takes; a hostile reply of it takes seconds to parse.
 MAX_REPLY_BYTES = 32 * 2**20
 MAX_REDIRECTS = 5
@@ -1090,7 +1091,11 @@ class HTTPClient:
     ) -> Reply:
         """A whole reply, with one of the statuses to accept. Raises ConfigurationError when the
         credentials are refused, ServerError, and ShuttingDown."""
-        with self.open(method, url, headers, body) as response:
+        late = ServerError(f"{url} is not done after {MAX_REPLY_SECONDS:g} seconds")
+        with (
+            gevent.Timeout(MAX_REPLY_SECONDS, late),
+            self.open(method, url, headers, body) as response,
+        ):
             reply = Reply(
                 response.status_code, response.headers, read_bounded(response), response.url
             )

@@ -486,8 +486,17 @@ def test_replies_over_tls_are_read_in_the_same_way() -> None:
 
 
 @pytest.mark.parametrize("name", ENDLESS)
+def test_a_command_does_not_wait_for_a_reply_without_end(name: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = "import mailroom; mailroom.MAX_REPLY_SECONDS = 1; raise SystemExit(mailroom.main())"
+    with Peer(Flood(*ENDLESS[name])) as peer, listening_to(peer, "apiUrl") as server:
+        with process(server, log, "-c", command, "setup") as program:
+            assert program.wait(timeout=20) == 1
+        assert "is not done after 1 seconds. Run it again" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ENDLESS)
 def test_ctrl_c_ends_a_command_that_is_flooded(name: str, tmp_path: Path) -> None:
-    """A command has no deadline: whoever started it looks on."""
     flood = Flood(*ENDLESS[name])
     with Peer(flood) as peer, listening_to(peer, "apiUrl") as server:
         with process(server, tmp_path / "log", str(PROGRAM), "setup") as program:
