@@ -939,6 +939,13 @@ def plan_sender(
     return SenderPlan(sender, category, contact, join, leave, leaving, refile, finish, differs)
 
 
+def first_of_each_contact(plans: Iterable[SenderPlan]) -> dict[str, SenderPlan]:
+    """{uid: the plan to carry out first} of contacts with several addresses, whatever the order of
+    the plans: the contact may get its name from it."""
+    last_first = sorted(plans, key=lambda plan: plan.sender, reverse=True)
+    return {plan.contact.uid: plan for plan in last_first}
+
+
 # ------------------------------------------------------------------------------------------------
 # HTTP: who is sent the credentials, how long and how large a reply may be
 # ------------------------------------------------------------------------------------------------
@@ -2908,7 +2915,7 @@ class Triage:
         error of a server that wants to be left alone."""
         try:
             plans = self.plan(senders, queue)
-            first = {plan.contact.uid: plan for plan in plans[::-1]}
+            first = first_of_each_contact(plans)
             failed = self.carry_out(first.values())
         except ServerError as error:
             if error.retry_after:

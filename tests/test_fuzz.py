@@ -118,7 +118,7 @@ class World:
 
     def _triage(self, decided: Mapping[str, Category]) -> None:
         plans = [self._plan(sender, category) for sender, category in decided.items()]
-        first = {plan.contact.uid: plan for plan in plans[::-1]}
+        first = mailroom.first_of_each_contact(plans)
         for plan in first.values():
             self.cards = written(plan, self.cards) if wants(plan) else self.cards
             self._patch(plan.refile)
@@ -531,7 +531,8 @@ def mangled(value: Any, random: Random, wrong: Sequence[Any]) -> Any:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     nth=st.integers(1, 5),
-    random=st.randoms(use_true_random=False),
+    # Not one that Hypothesis watches: the server's greenlet uses it.
+    random=st.integers(0, 2**32).map(Random),
     wrong=st.lists(ANY_JSON | st.sampled_from([[], {}, None, 7]), min_size=1, max_size=3),
 )
 def test_a_reply_of_any_shape_is_an_error_of_the_server_and_passes(
