@@ -4,6 +4,7 @@ import mailroom  # noqa: I001  (its import is the monkey patch)
 
 from collections.abc import Iterator
 
+import gevent
 import hypothesis
 import pytest
 from cyrus_server import CyrusServer
@@ -44,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether there is time for everything."""
     return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service in this process leaves the signals to pytest, or Ctrl-C would not end that."""
+    monkeypatch.setattr(gevent, "signal_handler", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
