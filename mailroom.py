@@ -980,6 +980,8 @@ class FairFile(io.RawIOBase):
 
 
 class FairResponse(HTTPResponse):
+    """A reply that is read from such a file."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.fp = io.BufferedReader(FairFile(self.fp))
