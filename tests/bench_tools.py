@@ -156,14 +156,14 @@ class Program:
 
 
 @contextmanager
-def program(server: JMAPServer, **environment: object) -> Iterator[Program]:
-    """A Mailroom as a user starts it, polling so rarely that it does not count; listening, if the
-    server has push, and done with its first cycle."""
+def program(server: JMAPServer, *command: str, **environment: object) -> Iterator[Program]:
+    """A Mailroom as the container runs it, or by another Python command. It polls so rarely that it
+    does not count; it listens, if the server has push, and is done with its first cycle."""
     port = free_port()
     given = {"health_port": port, "log_level": "info", "poll_interval": MAX_POLL, **environment}
     with tempfile.TemporaryDirectory() as home:
         output = Path(home) / "log"
-        with process(server, output, "-m", "mailroom", **given) as started:
+        with process(server, output, *(command or ("-m", "mailroom")), **given) as started:
             run = Program(server, started.pid, port)
             try:
                 server.wait_for(lambda: server.streams or server.options.push is None, PATIENCE)

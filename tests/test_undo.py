@@ -18,6 +18,7 @@ from jmap_server import FOREVER, JSON, Fault, Options
 from radicale_server import RadicaleServer
 from tools import SERVERS, Scene, new_triage, nth_request
 
+import mailroom
 from mailroom import CREATED_NOTE, MailroomError, MailroomSettings, contact_uid
 
 BOB, EVE = "bob@shop.example", "eve@evil.example"
@@ -53,7 +54,11 @@ def test_from_an_account_without_mailroom_to_one_without_it_again(home: Embedded
 
 @every_server
 @pytest.mark.parametrize("label", ["@ToFeed", "@ToImbox", "@ToPerson", "@ToTruck"])
-def test_what_a_tap_did_is_taken_back(options: Make, label: str) -> None:
+def test_what_a_tap_did_is_taken_back(
+    options: Make, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not options().groups_in_use:  # Or a group would become large while requests are counted.
+        monkeypatch.setattr(mailroom, "MANY_MEMBERS", 500)
     with Scene(options(), takes_back=True) as scene:
         mails = scene.new_sender(FROM_BOB, 4)
         scene.new_sender(FROM_EVE)
@@ -66,9 +71,7 @@ def test_what_a_tap_did_is_taken_back(options: Make, label: str) -> None:
         scene.tap(mails[2], UNDO)
         assert scene.cycle() == {}
         assert seen(scene) == before
-        has = scene.server.options
-        # One more where no index finds the mails, and one where groups have just become large.
-        assert len(scene.last) <= 7 + (has.from_search != "index") + (not has.groups_in_use)
+        assert len(scene.last) <= 7 + (scene.server.options.from_search != "index")
         scene.tap(mails[1], label)
         assert scene.cycle() == {}
         assert seen(scene) == tapped
