@@ -21,6 +21,17 @@ cycle, the service, and then what is done beside it: rules for mail to come, set
 needs only those above it. Run it with `python mailroom.py`, or see `python mailroom.py --help`.
 """
 
+import os
+import sys
+
+if __name__ == "__main__" and __spec__ is None and not sys.flags.ignore_environment:
+    # Of a script Python keeps the syntax tree until it ends, 10 MB, and it compiles it anew at each
+    # start. So it starts itself as the module that it is, from here and not from where it is run.
+    _place = [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")]
+    _python = [sys.executable, *sys.orig_argv[1 : -len(sys.argv)], "-P"]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _place))
+    os.execv(sys.executable, [*_python, "-m", "mailroom", *sys.argv[1:]])  # noqa: S606  (itself)
+
 # The sockets are patched before anything imports them: a blocked read is then a greenlet that
 # gives way to the others and can be killed.
 from gevent import monkey
@@ -35,12 +46,10 @@ import io
 import ipaddress
 import json
 import logging
-import os
 import queue
 import random
 import re
 import signal
-import sys
 import time
 import uuid
 from base64 import b64encode
@@ -52,10 +61,11 @@ from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from http.cookiejar import DefaultCookiePolicy
-from itertools import combinations, count, islice
+from itertools import chain, combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import gevent
 import gevent.event
@@ -1963,7 +1973,10 @@ def vcard_is_untouched(text: str) -> bool:
 
 DAV, CARD = "{DAV:}", "{urn:ietf:params:xml:ns:carddav}"
 DAV_TYPE = "application/xml; charset=utf-8"
-LISTED = ("UID", "FN", "N", "ORG", "EMAIL", "NOTE", "KIND", "MEMBER", APPLE_KIND, APPLE_MEMBER)
+# What a card is known by, and what the rules ask of it.
+KNOWN_BY = ("UID", "EMAIL", "KIND", APPLE_KIND)
+JUDGED_BY = (*KNOWN_BY, "FN", "N", "ORG", "NOTE", "MEMBER", APPLE_MEMBER)
+ANY_GROUP = "group"
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
 # What a PUT that has written is answered with. A 200 may be: but so are pages of a proxy.
 WRITTEN = (201, 204)
@@ -1978,11 +1991,6 @@ VERSION_4_QUERY = (
     '<C:text-match collation="i;unicode-casemap" match-type="equals">4.0</C:text-match>',
     "</C:prop-filter></C:filter>",
 )
-CARD_PROPERTIES = (
-    "<D:prop><D:creationdate/><C:address-data>",
-    *(f'<C:prop name="{name}"/>' for name in LISTED),
-    "</C:address-data></D:prop>",
-)
 DISCOVERED = (
     "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/>"
     "<C:addressbook-home-set/><C:supported-address-data/><D:sync-token/></D:prop>"
@@ -1992,13 +2000,40 @@ DAVProperties = dict[str, ElementTree.Element]
 
 @dataclass(frozen=True)
 class AddressBook:
-    """What is known of an address book while the program runs: its cards by URL, once they were
-    read; which of them are of version 4.0; and the token of that state, if the server has any."""
+    """What is known of an address book while the program runs: the token of its state, if the
+    server has any; what its cards are known by, by their URLs, once they were listed (see
+    `search_keys`); and which of them are of version 4.0."""
 
     has_version_4: bool
     token: str
-    cards: Mapping[str, Card] = field(default_factory=dict)
-    version_4: Collection[str] = ()
+    keys: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    version_4: frozenset[str] = frozenset()
+
+
+class VCard(NamedTuple):
+    """A vCard as the server has it, byte for byte, with its ETag; without one the text may differ
+    in bytes. `created`: when it was made, as far as the server tells."""
+
+    text: str
+    etag: str
+    created: str
+
+
+def search_keys(card: Card) -> tuple[int, ...]:
+    """What a card is known by: its addresses, its uid and whether it is a group; as hashes, because
+    the texts of thousands of cards take much memory. Of two with one hash both are read."""
+    return tuple(map(hash, {*card.emails, card.uid, *([ANY_GROUP] if card.is_group else [])}))
+
+
+def card_properties(names: Iterable[str] = (), version: str = "") -> str:
+    """The properties to ask of cards: of the vCard those with the names, or without names all of
+    it, in a version if one is given."""
+    data_type = f' content-type="text/vcard" version="{version}"' if version else ""
+    parts = "".join(f'<C:prop name="{name}"/>' for name in names)
+    return (
+        "<D:prop><D:creationdate/><D:getcontentlength/><D:getetag/>"
+        f"<C:address-data{data_type}>{parts}</C:address-data></D:prop>"
+    )
 
 
 def dav_body(root: str, *elements: str) -> bytes:
@@ -2048,9 +2083,8 @@ class CardDAVContacts:
         self._url = url
         self._books: dict[str, AddressBook] = {}
         self._etags: dict[str, str] = {}
-        # (vCard, ETag) of the groups as they were last written here, by URL. Not of the contacts:
-        # they may be many, and are seldom written twice.
-        self._groups: dict[str, tuple[str, str]] = {}
+        # Of the groups, and of the contacts at work, as last read or written here, by URL.
+        self._vcards: dict[str, VCard] = {}
 
     def prepare(self) -> None:
         """Find the address books that can be written (RFC 6764 section 6): from the URL to the
@@ -2064,7 +2098,7 @@ class CardDAVContacts:
                     raise ConfigurationError(f"{self._url} knows no such user. {CARDDAV_REMEDY}")
                 home = self._follow(self._propfind(principal, "0"), f"{CARD}addressbook-home-set")
             found = self._propfind(home, "1")
-        self._groups.clear()
+        self._vcards.clear()
         self._books = {
             url: AddressBook(has_version_4(each), sync_token(each))
             for url, each in sorted(
@@ -2117,42 +2151,74 @@ class CardDAVContacts:
     def cards(
         self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
     ) -> list[Card]:
-        """All cards. Servers differ in what their filters miss (Cyrus 3.6: addresses in property
-        groups), and a contact missed would be doubled: so all are read once, and from then on what
-        has changed. Where that fails (the token is too old, say) all are read again."""
+        """The groups, the contacts of the addresses, and whoever has a uid that a new one may get;
+        without addresses all cards. Servers differ in what their filters miss (Cyrus 3.6: addresses
+        in property groups), and a contact missed would be doubled: so all are listed once, and from
+        then on what has changed. Where that fails (the token is too old, say) all are listed
+        again."""
         try:
-            self._update()
+            return self._read(addresses)
         except (ServerError, ConfigurationError) as error:
             if getattr(error, "retry_after", 0):
                 raise
             self.prepare()
-            self._update()
-        return [card for book in self._books.values() for card in book.cards.values()]
+            return self._read(addresses)
 
-    def _update(self) -> None:
+    def _read(self, addresses: Collection[str] | None) -> list[Card]:
         self._books = {url: self._updated(url, book) for url, book in self._books.items()}
+        if addresses is None:
+            return [card for url in self._books for card in self._all_cards(url)]
+        lines = (islice(own_uids(f"mailto:{each}"), UIDS_IN_LINE) for each in addresses)
+        asked = {hash(key) for key in (ANY_GROUP, *addresses, *chain(*lines))}
+        known, self._vcards = self._vcards, {}
+        for url, book in self._books.items():
+            hrefs = {href for href, keys in book.keys.items() if not asked.isdisjoint(keys)}
+            self._vcards |= {href: known[href] for href in hrefs & known.keys()}
+            self._read_whole(url, hrefs - book.version_4)
+            self._read_whole(url, hrefs & book.version_4, "4.0")
+        cards = (vcard_card(href, each.text, each.created) for href, each in self._vcards.items())
+        return [card for card in cards if card]
+
+    def _all_cards(self, url: str) -> list[Card]:
+        """All cards of an address book, by what the rules ask of them."""
+        query = ("1", "C:addressbook-query", card_properties(JUDGED_BY), "<C:filter/>")
+        with understood(url):
+            cards = [dav_card(href, each) for href, each in self._ask("REPORT", url, *query)]
+        return [card for card in cards if card]
 
     def _updated(self, url: str, book: AddressBook) -> AddressBook:
-        """The address book as it is now: with what has changed (RFC 6578), or read as a whole where
-        it was not yet or the server cannot tell."""
-        known = book.cards if book.token else {}
+        """The address book as it is now: with what has changed (RFC 6578), or listed as a whole
+        where it was not yet or the server cannot tell. Cards that have changed are to be read
+        again; those of version 4.0 are found anew if anyone else has changed one."""
+        known = book.keys if book.token else {}
         since = (book.token, "<D:sync-level>1</D:sync-level>")
-        changes = ("0", "D:sync-collection", *since, *CARD_PROPERTIES)
-        everything = ("1", "C:addressbook-query", *CARD_PROPERTIES, "<C:filter/>")
-        read, token = {}, book.token
+        changes = ("0", "D:sync-collection", *since, card_properties(KNOWN_BY))
+        everything = ("1", "C:addressbook-query", card_properties(KNOWN_BY), "<C:filter/>")
+        listed: dict[str, tuple[int, ...]] = {}
+        token, by_others = book.token, False
         with understood(url):
             for href, each in self._ask("REPORT", url, *(changes if known else everything)):
                 token = sync_token(each) or token
-                read[href] = dav_card(href, each)
-            if book.has_version_4 and any(read.values()):
+                card, left = dav_card(href, each), self._vcards.pop(href, None)
+                listed[href] = search_keys(card) if card else ()
+                by_others |= bool(card) and (not left or left.etag != dav_text(each, "getetag"))
+            if book.has_version_4 and by_others:
                 query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
                 book = replace(book, version_4=frozenset(dict(self._ask("REPORT", url, *query))))
-        for href in self._groups.keys() & read.keys():
-            card, (text, _) = read[href], self._groups[href]
-            if not card or card != vcard_card(href, text, card.created):
-                del self._groups[href]
-        cards = {href: card for href, card in {**known, **read}.items() if card}
-        return replace(book, token=token, cards=cards)
+        keys = {href: some for href, some in {**known, **listed}.items() if some}
+        return replace(book, token=token, keys=keys)
+
+    def _read_whole(self, url: str, hrefs: set[str], version: str = "") -> None:
+        """Read those cards of an address book that are not known as they are (RFC 6352 section
+        8.7). A server may show a card of version 4.0 as 3.0 unless it is asked for as it is."""
+        unread = sorted(hrefs - self._vcards.keys())
+        if not unread:
+            return
+        paths = (f"<D:href>{escape(urlsplit(href).path)}</D:href>" for href in unread)
+        query = ("0", "C:addressbook-multiget", card_properties(version=version), *paths)
+        with understood(url):
+            read = {href: dav_vcard(each) for href, each in self._ask("REPORT", url, *query)}
+            self._vcards |= {href: vcard for href in unread if (vcard := read[href])}
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
@@ -2175,7 +2241,7 @@ class CardDAVContacts:
         found = set()
         for card in cards:
             with understood(card.ref):
-                text, etag = self._get(card)
+                text, etag = self._as_it_is(card)
             if not etag:  # It would be taken for touched, and never be known as Mailroom's again.
                 raise ServerError(f"{card.ref} answers {text}", answered=True)
             if vcard_is_untouched(text) and vcard_card(card.ref, text, card.created) == card:
@@ -2202,36 +2268,30 @@ class CardDAVContacts:
     def _create(self, change: CardChange) -> str:
         """Make a card at a place of its own, where no second one can be made; why it failed."""
         url = urljoin(next(iter(self._books)), f"{uuid.UUID(change.uid)}.vcf")
-        status = self._put(url, new_vcard(change), {"If-None-Match": "*"}).status
+        status = self._put(url, new_vcard(change), {"If-None-Match": "*"})
         return "" if status in WRITTEN else f"HTTP {status}"
 
     def _edit(self, card: Card, change: CardChange) -> str:
-        """Change a card as it is now, again while others change it too; why it failed. A group is
-        first taken as it was left here: the server refuses that when it is so no more, and is asked
-        when the change seems to be in it already. After a 200, which may be anyone's page, the card
-        is read again: the change has to be in it then."""
+        """Change a card as it is, again while others change it too; why it failed. After a 200,
+        which may be anyone's page, the card is read again: the change has to be in it then."""
         for _ in range(EDIT_ATTEMPTS):
-            left = self._groups.pop(card.ref, None)
-            text, etag = left or self._get(card)
+            text, etag = self._as_it_is(card)
             if not etag:
                 return text
             edited = edit_vcard(text, change)
-            if edited != text:
-                reply = self._put(card.ref, edited, {"If-Match": etag})
-                if reply.status in WRITTEN:
-                    self._remember(card, edited, reply.headers.get("ETag", ""))
-                    return ""
-                if reply.status not in (200, 412):
-                    return f"HTTP {reply.status}"
-            elif not left:
+            if edited == text:
                 return ""
+            status = self._put(card.ref, edited, {"If-Match": etag})
+            if status in WRITTEN:
+                return ""
+            if status not in (200, 412):
+                return f"HTTP {status}"
         return "someone else keeps changing it"
 
-    def _remember(self, card: Card, text: str, etag: str) -> None:
-        """Remember how a group was left. A server that made something else of what it was sent
-        tells no strong ETag (RFC 6352 section 6.3.2.3)."""
-        if card.is_group and etag.startswith('"'):
-            self._groups[card.ref] = text, etag
+    def _as_it_is(self, card: Card) -> tuple[str, str]:
+        """(the vCard, its ETag) as they were last seen, or else as `_get` has them."""
+        seen = self._vcards.get(card.ref)
+        return (seen.text, seen.etag) if seen and seen.etag else self._get(card)
 
     def _get(self, card: Card) -> tuple[str, str]:
         """(the vCard, its ETag), or (why there is none, nothing). A server may show a card of
@@ -2246,9 +2306,16 @@ class CardDAVContacts:
             return f"HTTP {reply.status}, ETag {etag or None}", ""
         return reply.body.decode(), etag
 
-    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> Reply:
+    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> int:
+        """Write a vCard; the status of the answer. What a server made of it is not known unless it
+        tells a strong ETag (RFC 6352 section 6.3.2.3)."""
+        self._vcards.pop(url, None)
         headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
-        return self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS)
+        reply = self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS)
+        etag = reply.headers.get("ETag", "")
+        if reply.status in WRITTEN and etag.startswith('"'):
+            self._vcards[url] = VCard(text, etag, "")
+        return reply.status
 
 
 def is_address_book(properties: DAVProperties) -> bool:
@@ -2275,14 +2342,31 @@ def sync_token(properties: DAVProperties) -> str:
     return "" if token is None or not token.text else ElementTree.tostring(token, "unicode")
 
 
-def dav_card(url: str, properties: DAVProperties) -> Card | None:
-    """A Card from what a REPORT says of it, None of one that is gone or of the collection itself.
-    Raises LookupError when nothing is said."""
+def dav_text(properties: DAVProperties, name: str) -> str:
+    """The text of a property of WebDAV; empty without it."""
+    element = properties.get(f"{DAV}{name}")
+    return (element.text or "") if element is not None else ""
+
+
+def dav_vcard(properties: DAVProperties) -> VCard | None:
+    """A vCard from what a REPORT says of it, None of one that is gone or of the collection itself.
+    Raises LookupError when nothing is said.
+
+    In XML all lines end alike (XML 1.0 section 2.11); those of a vCard end with CRLF. If it has
+    another size on the server it is something else there.
+    """
     if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
         return None
-    created = properties.get(f"{DAV}creationdate")
-    data = properties[f"{CARD}address-data"].text or ""
-    return vcard_card(url, data, (created.text if created is not None else "") or "")
+    text = re.sub("\r?\n", "\r\n", properties[f"{CARD}address-data"].text or "")
+    size, etag = dav_text(properties, "getcontentlength"), dav_text(properties, "getetag")
+    is_whole = size in ("", str(len(text.encode())))
+    return VCard(text, etag if is_whole else "", dav_text(properties, "creationdate"))
+
+
+def dav_card(url: str, properties: DAVProperties) -> Card | None:
+    """A Card from the same."""
+    vcard = dav_vcard(properties)
+    return vcard_card(url, vcard.text, vcard.created) if vcard else None
 
 
 ContactStore = JMAPContacts | CardDAVContacts

@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (everything has to be imported after the monkey patch)
-"""How fast and how small Mailroom is: `nox -s bench`, or `python tests/bench.py`.
+"""How fast and how small Mailroom is: `nox -s bench`.
 
 Mailroom runs as a process of its own beside the embedded server, which is in this one (what is
 only counted, runs here with it). Each figure is held against a limit: counts first, which are the
@@ -47,6 +47,7 @@ from bench_tools import (
     table,
     tap,
     tls_server,
+    tomorrow,
 )
 from books import CATEGORIES, GROUPS, radicale_book
 from gevent.event import Event
@@ -87,8 +88,6 @@ Filler = Callable[[JMAPServer, int], None]
 
 # ------------------------------------------------------------------------------------ requests
 
-TOUCHED_GROUPS = 2  # a new sender joins Feed and Mailroom; a triaged one leaves Feed, joins Jail
-
 
 def forced_chunks(mails: int) -> int:
     """The further requests that the server's limits force: pages to read, portions to write."""
@@ -97,13 +96,17 @@ def forced_chunks(mails: int) -> int:
 
 
 def requests_per_cycle(desk: Desk, store: str, mails_of_sender: int) -> Figures:
-    """What a cycle asks, by kind of work. `store`: where the contacts are."""
+    """What a cycle asks, by kind of work. `store`: where the contacts are. Groups are touched when
+    they are looked at: a new sender joins Feed and Mailroom, a triaged one leaves Feed for Jail."""
 
-    def figures(what: str, most: int, senders: int, mails: list[str], label: str) -> Figures:
+    def figures(
+        what: str, most: int, mails: list[str], label: str = "@ToFeed", senders: int = 1,
+        groups: int = 2,
+    ) -> Figures:  # fmt: skip
         work = desk.tap(mails, label)
         yield Figure("count", "requests", f"{store}, {what}", work.mail, most)
         if work.contacts:
-            most = 2 * senders + 2 * TOUCHED_GROUPS
+            most = 2 * senders + 2 * groups
             what = f"{store} contacts, {what}"
             yield Figure("count", "requests", what, work.contacts, most)
 
@@ -115,18 +118,27 @@ def requests_per_cycle(desk: Desk, store: str, mails_of_sender: int) -> Figures:
         ("a sender with 100 mails", 1, 100, 6),
     ):
         tapped = desk.new_senders(senders, mails)
-        yield from figures(what, most, senders, tapped, "@ToFeed")
-    yield from figures("re-triage of those 100", 6, 1, tapped, "@ToJail")
+        yield from figures(what, most, tapped, senders=senders)
+    yield from figures("re-triage of those 100", 6, tapped, "@ToJail")
+    with tomorrow():
+        yield from figures("the same label, the next day", 6, tapped, "@ToJail", groups=1)
+    desk.restart()
+    yield from figures("re-triage, the first after a start", 6, tapped, "@ToFeed")
+    yield from figures("a contact of the user's", 6, desk.known_sender(), groups=1)
     most = 6 + forced_chunks(mails_of_sender)
     tapped = desk.new_senders(1, mails_of_sender)
-    yield from figures(f"a sender with {mails_of_sender:,} mails", most, 1, tapped, "@ToFeed")
+    yield from figures(f"a sender with {mails_of_sender:,} mails", most, tapped)
 
 
 def all_requests(scale: Scale) -> Figures:
     with JMAPServer.with_mailroom_account(Options.fastmail()) as server:
-        yield from requests_per_cycle(Desk(server), "JMAP", scale.mails_of_sender)
+        yield from requests_per_cycle(jmap_desk(server), "JMAP", scale.mails_of_sender)
     with quick_radicale() as radicale, carddav_desk(radicale, 0) as desk:
         yield from requests_per_cycle(desk, "CardDAV", scale.mails_of_sender)
+
+
+def jmap_desk(server: JMAPServer) -> Desk:
+    return Desk(server, lambda address: server.account.add_contact(address, "Friend"))
 
 
 @contextmanager
@@ -137,7 +149,7 @@ def carddav_desk(radicale: RadicaleServer, contacts: int) -> Iterator[Desk]:
         book.add_group(group)
     fill_address_book(radicale, contacts)
     with book.mail:
-        yield Desk(book.mail, triage_categories=[*CATEGORIES], **book.settings)
+        yield Desk(book.mail, book.add, triage_categories=[*CATEGORIES], **book.settings)
 
 
 # ------------------------------------------------------------------------------- cycles for taps
@@ -295,24 +307,30 @@ def memory(scale: Scale) -> Figures:
 
 
 def memory_over_carddav(scale: Scale) -> Figures:
-    """The same of a process that has a large address book in memory, all of it in two groups."""
+    """The same of a process that knows a large address book, all of it in two groups; and how it
+    grows with that."""
+    peaks = {}
     with quick_radicale() as radicale:
-        book = radicale_book(radicale)
-        uids = fill_address_book(radicale, scale.cards)
-        for group in GROUPS:
-            book.add_group(group, *(uids if group in ("Feed", "Mailroom") else ()))
-        given = {**book.settings, "triage_categories": json.dumps(CATEGORIES)}
-        with book.mail, program(book.mail, debounce_seconds=0.05, **given) as run:
-            large, idle = f"{scale.cards:,} contacts over CardDAV", run.rss
-            note = f"idle: {idle:.0f} MB"
-            yield Figure("size", "memory", f"at most, reading {large}", run.peak, 100, "MB", note)
-            run.forget_peak()
-            for mail in deliver_for(book.mail, 3):
-                tap(book.mail, [mail])
-            yield Figure("size", "memory", f"at most, triaging, {large}", run.peak, 100, "MB")
-            run.wait_until_quiet(1)
-            what = f"after that, more than idle, {large}"
-            yield Figure("size", "memory", what, run.rss - idle, 10, "MB")
+        for size in sorted({min(scale.sizes(scale.cards)), scale.cards}):
+            book = radicale_book(radicale)
+            uids = fill_address_book(radicale, size)
+            for group in GROUPS:
+                book.add_group(group, *(uids if group in ("Feed", "Mailroom") else ()))
+            given = {**book.settings, "triage_categories": json.dumps(CATEGORIES)}
+            with book.mail, program(book.mail, debounce_seconds=0.05, **given) as run:
+                idle, reading = run.rss, run.peak
+                run.forget_peak()
+                for mail in deliver_for(book.mail, 3):
+                    tap(book.mail, [mail])
+                peaks[size] = run.peak
+                run.wait_until_quiet(1)
+                left = run.rss - idle
+    large = f"{scale.cards:,} contacts over CardDAV"
+    note = f"idle: {idle:.0f} MB"
+    yield Figure("size", "memory", f"at most, listing {large}", reading, 100, "MB", note)
+    yield Figure("size", "memory", f"at most, triaging, {large}", peaks[scale.cards], 100, "MB")
+    yield Figure("size", "memory", f"after that, more than idle, {large}", left, 10, "MB")
+    yield order_figure("ratio", "memory", "contacts over CardDAV", peaks, CONSTANT[3])
 
 
 def start(scale: Scale) -> Figures:

@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -230,6 +231,14 @@ class Work(NamedTuple):
 
 
 @contextmanager
+def tomorrow() -> Iterator[None]:
+    """By Mailroom's calendar it is a day later meanwhile."""
+    with mock.patch.object(mailroom, "date") as calendar:
+        calendar.today = lambda: date.today() + timedelta(days=1)
+        yield
+
+
+@contextmanager
 def recorded() -> Iterator[list[Exchange]]:
     """All requests that Mailroom makes in this process meanwhile."""
     exchanges: list[Exchange] = []
@@ -248,12 +257,21 @@ def recorded() -> Iterator[list[Exchange]]:
 
 
 class Desk:
-    """An account with Mailroom's triage in this process, connected. `settings`: Mailroom's."""
+    """An account with Mailroom's triage in this process, connected. `add_contact` adds one of the
+    user's with an address; `settings`: Mailroom's."""
 
-    def __init__(self, server: JMAPServer, **settings: Any) -> None:
+    def __init__(
+        self, server: JMAPServer, add_contact: Callable[[str], object] = str, **settings: Any
+    ) -> None:
         self.server, self.account = server, server.account
-        self._triage = new_triage(settings_for(server, **settings))
+        self._add_contact = add_contact
+        self._settings = settings
         self._senders = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Mailroom starts anew, and has had its first cycle."""
+        self._triage = new_triage(settings_for(self.server, **self._settings))
         self.cycle()
 
     def cycle(self) -> Work:
@@ -283,6 +301,11 @@ class Desk:
         return [
             deliver(self.server, f"s{number}", mails)[0] for number in range(first, self._senders)
         ]
+
+    def known_sender(self) -> list[str]:
+        """A mail of someone whom the user has as a contact."""
+        self._add_contact("friend@news.example")
+        return deliver(self.server, "friend", 1)
 
 
 # ------------------------------------------------------------------------------------- an account
@@ -360,8 +383,9 @@ def start_seconds(server: JMAPServer) -> float:
 
 def import_seconds() -> float:
     """Seconds that the program's imports take, as Python itself tells them."""
-    command = [sys.executable, "-X", "importtime", mailroom.__file__, "--version"]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    command = [sys.executable, "-X", "importtime", "-m", "mailroom", "--version"]
+    place = Path(mailroom.__file__).parent
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=place).stderr
     lines = [line.partition(":")[2].split("|") for line in told.splitlines()[1:]]
     roots = [(name.strip(), int(total)) for _, total, name in lines if not name.startswith("  ")]
     first = [name for name, _ in roots].index("site") + 1

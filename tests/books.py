@@ -4,7 +4,7 @@ Mailroom's way to its cards, that of the user's phone, and a mail account beside
 import urllib.parse
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import requests
@@ -48,7 +48,10 @@ class Book(Protocol):
     settings: dict[str, Any]
 
     def read(self, *addresses: str) -> list[Card]:
-        """The cards that Mailroom gets to see."""
+        """The groups and the contacts of the addresses, as Mailroom gets to see them."""
+
+    def read_all(self) -> list[Card]:
+        """All cards."""
 
     def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
         """A contact; its uid."""
@@ -91,6 +94,12 @@ class JMAPBook:
         return contacts
 
     def read(self, *addresses: str) -> list[Card]:
+        return self._read(addresses)
+
+    def read_all(self) -> list[Card]:
+        return self._read(None)
+
+    def _read(self, addresses: Collection[str] | None) -> list[Card]:
         calls, queries = self.contacts.questions(addresses)
         answers, found = self.client.fetch(queries, calls)
         return self.contacts.cards(addresses, answers, found)
@@ -152,7 +161,7 @@ class DAVBook:
 
     def ask(self, method: str, url: str, body: str = "", **headers: str) -> requests.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        reply = self.http.request(method, url, data=body.encode(), headers=named, timeout=10)
+        reply = self.http.request(method, url, data=body.encode(), headers=named, timeout=60)
         reply.raise_for_status()
         return reply
 
@@ -172,6 +181,9 @@ class DAVBook:
 
     def read(self, *addresses: str) -> list[Card]:
         return self.contacts.cards(addresses, [], [])
+
+    def read_all(self) -> list[Card]:
+        return self.contacts.cards(None, [], [])
 
     def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
         uid = str(uuid.uuid4())

@@ -614,7 +614,7 @@ def asked(places_: str, listing: str) -> list[Card]:
         web.add("PROPFIND", anywhere, places_.encode("utf-8", "replace"), status=207)
         web.add("REPORT", anywhere, listing.encode("utf-8", "replace"), status=207)
         store.prepare()
-        return store.cards([], [], [])
+        return store.cards(["a@x.example", "b@x.example"], [], [])
 
 
 def meddled(listing: str, random: Random) -> str:
