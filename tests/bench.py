@@ -53,7 +53,6 @@ from books import CATEGORIES, GROUPS, radicale_book
 from gevent.event import Event
 from jmap_server import LIMITS, JMAPServer, Options
 from radicale_server import RadicaleServer
-from tools import PROGRAM
 
 
 class Scale(NamedTuple):
@@ -282,8 +281,6 @@ def idle_hour(scale: Scale) -> Figures:
 def memory(scale: Scale) -> Figures:
     """One process through it all: idle, after many events, at work in a large account, idle."""
     with JMAPServer.with_mailroom_account(Options.fastmail()) as server:
-        with program(server, str(PROGRAM)) as script:
-            yield Figure("size", "memory", "idle, as `python mailroom.py`", script.rss, 45, "MB")
         large = f"a sender with {scale.mails_of_sender:,} of {scale.mails:,} mails"
         large += f", {scale.contacts:,} contacts"
         add_contacts(server, scale.contacts)

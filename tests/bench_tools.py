@@ -109,8 +109,7 @@ def order_of_growth(points: Mapping[int, float]) -> float:
 
 
 class Program:
-    """`python -m mailroom` beside a server; what it uses is asked of the kernel. As the script
-    `mailroom.py` it would hold more: Python keeps a script's syntax tree until it ends."""
+    """`python mailroom.py` beside a server; what it uses is asked of the kernel."""
 
     def __init__(self, server: JMAPServer, pid: int, health_port: int) -> None:
         self.server, self.pid = server, pid
@@ -157,14 +156,14 @@ class Program:
 
 
 @contextmanager
-def program(server: JMAPServer, *command: str, **environment: object) -> Iterator[Program]:
-    """A Mailroom as the container runs it, or by another Python command. It polls so rarely that it
-    does not count; it listens, if the server has push, and is done with its first cycle."""
+def program(server: JMAPServer, **environment: object) -> Iterator[Program]:
+    """A Mailroom that polls so rarely that it does not count; it listens, if the server has push,
+    and is done with its first cycle."""
     port = free_port()
     given = {"health_port": port, "log_level": "info", "poll_interval": MAX_POLL, **environment}
     with tempfile.TemporaryDirectory() as home:
         output = Path(home) / "log"
-        with process(server, output, *(command or ("-m", "mailroom")), **given) as started:
+        with process(server, output, **given) as started:
             run = Program(server, started.pid, port)
             try:
                 server.wait_for(lambda: server.streams or server.options.push is None, PATIENCE)
