@@ -24,13 +24,17 @@ needs only those above it. Run it with `python mailroom.py`, or see `python mail
 import os
 import sys
 
-if __name__ == "__main__" and __spec__ is None and not sys.flags.ignore_environment:
-    # Of a script Python keeps the syntax tree until it ends, 10 MB, and it compiles it anew at each
-    # start. So it starts itself as the module that it is, from here and not from where it is run.
-    _place = [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")]
-    _python = [sys.executable, *sys.orig_argv[1 : -len(sys.argv)], "-P"]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _place))
-    os.execv(sys.executable, [*_python, "-m", "mailroom", *sys.argv[1:]])  # noqa: S606  (itself)
+# Of a script Python keeps the syntax tree until it ends, 10 MB; of a module it does not. So what is
+# started as `python mailroom.py`, and in no more elaborate way, starts itself as that.
+if (
+    (__name__, sys.argv) == ("__main__", sys.orig_argv[1:])
+    and __file__.endswith("/mailroom.py")
+    and os.pathsep not in __file__
+):
+    _places = [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _places))
+    _command = [sys.executable, "-P", "-m", "mailroom", *sys.argv[1:]]
+    os.execv(sys.executable, _command)  # noqa: S606  (it is this very program)
 
 # The sockets are patched before anything imports them: a blocked read is then a greenlet that
 # gives way to the others and can be killed.
@@ -50,6 +54,7 @@ import queue
 import random
 import re
 import signal
+import socket
 import time
 import uuid
 from base64 import b64encode
@@ -59,7 +64,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from http.cookiejar import DefaultCookiePolicy
 from itertools import chain, combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
@@ -96,7 +101,14 @@ T = TypeVar("T")
 
 
 class MailroomError(Exception):
-    """Something a person can act on. Its text is one line: what was wrong, and what to do."""
+    """Something a person can act on. Its text is one line: what was wrong, and what to do.
+
+    `answered`: it is not that the server is out of reach or in trouble; `retry_after`: the seconds
+    the server wants to be left alone.
+    """
+
+    answered = True
+    retry_after = 0.0
 
 
 class ConfigurationError(MailroomError):
@@ -109,11 +121,8 @@ class ConfigurationError(MailroomError):
 
 
 class ServerError(MailroomError):
-    """A server could not be reached or did not do what was asked; worth another try.
-
-    `answered`: it was this very request that the server turned down, so that another may do
-    better. `retry_after`: the seconds the server wants to be left alone.
-    """
+    """A server could not be reached or did not do what was asked; worth another try. `answered`: it
+    was this very request that the server turned down, so that another may do better."""
 
     def __init__(self, text: str, *, answered: bool = False, retry_after: float = 0) -> None:
         super().__init__(text)
@@ -309,23 +318,11 @@ class MailroomSettings:
     ConfigurationError with a line for every bad setting, TypeError for a keyword that is none.
     """
 
-    jmap_token: str = setting(
-        "str",
-        ...,
-        "an API token, or in MAILROOM_JMAP_TOKEN_FILE the path of its file",
-        _token,
-        True,
-    )
+    jmap_token: str = setting("str", ..., "an API token", _token, True)
     jmap_url: str = setting("str", "https://api.fastmail.com/jmap/session", SAFE_URL, is_safe_url)
     jmap_username: str = setting("str", "", "a user name", _text)
     carddav_username: str = setting("str", "", "a user name", _text)
-    carddav_password: str = setting(
-        "str",
-        "",
-        "a password, or in MAILROOM_CARDDAV_PASSWORD_FILE the path of its file",
-        _text,
-        True,
-    )
+    carddav_password: str = setting("str", "", "a password", _text, True)
     carddav_url: str = setting("str", "https://carddav.fastmail.com", SAFE_URL, is_safe_url)
     poll_interval: int = setting("int", 60, "whole seconds, 1 to 86400", _number(0.01, 86400))
     debounce_seconds: float = setting("float", 3.0, "seconds, 0 to 600", _number(0, 600))
@@ -424,7 +421,8 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
     # Without a slash it may be the secret itself, given in the wrong variable.
     shown = (f" (in the file {source!r})" if "/" in source else "") if row.secret else f"={value!r}"
     shown = re.sub("//([^/@:]*):[^/@]*@", r"//\1:[secret]@", shown)
-    raise ConfigurationError(f"{variable}{shown}: give {row.accepts}")
+    or_file = f", or in {variable}_FILE the path of its file" if row.secret else ""
+    raise ConfigurationError(f"{variable}{shown}: give {row.accepts}{or_file}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -600,9 +598,7 @@ class Rules:
 
     def is_managed(self, card: Card) -> bool:
         """Whether a card is a category's group."""
-        return card.is_group and any(
-            card.name == category.contact_group for category in self.categories
-        )
+        return card.is_group and card.name in {each.contact_group for each in self.categories}
 
     def is_own(self, card: Card) -> bool:
         """Whether a card is a group of Mailroom's: a category's, or that of provenance."""
@@ -662,27 +658,18 @@ def mail_patch(mail: Mail, add: Iterable[str], remove: Iterable[str]) -> MailPat
 
 def sort_queue(
     mails: Iterable[Mail], boxes: Boxes, own: Collection[str]
-) -> tuple[dict[str, Category], frozenset[str]]:
-    """What the labels ask for: {sender: category}, and the ids of the mails that ask for what
-    cannot be done: the sender carries several triage labels (a conflict), is missing, or is the
-    user (`own` addresses)."""
+) -> tuple[dict[str, Category], dict[str, str]]:
+    """What the labels ask for: {sender: category}, and {mail id: why what it asks for cannot be
+    done}. `own`: the user's addresses."""
     labelled = [mail for mail in mails if mail.mailboxes & boxes.labels.keys()]
     asked: dict[str, set[str]] = defaultdict(set)
     for mail in labelled:
         asked[mail.sender] |= mail.mailboxes & boxes.labels.keys()
-    decided = {
-        sender: boxes.labels[min(labels)]
-        for sender, labels in asked.items()
-        if sender and sender not in own and len(labels) == 1
-    }
-    return decided, frozenset(mail.id for mail in labelled if mail.sender not in decided)
-
-
-def why_unusable(mail: Mail, own: Collection[str]) -> str:
-    """What is wrong with a labelled mail that gets the error label."""
-    if not mail.sender:
-        return "it has no sender"
-    return "the sender is the user" if mail.sender in own else f"several labels for {mail.sender}"
+    wrong = {who: f"several labels for {who}" for who, labels in asked.items() if len(labels) > 1}
+    wrong |= dict.fromkeys(asked.keys() & {*own}, "the sender is the user")
+    wrong |= {who: "it has no sender" for who in asked if not who}
+    decided = {who: boxes.labels[min(asked[who])] for who in asked if who not in wrong}
+    return decided, {mail.id: wrong[mail.sender] for mail in labelled if mail.sender in wrong}
 
 
 def error_patches(
@@ -969,36 +956,19 @@ MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 3600.0
 
 
-class FairFile(io.RawIOBase):
-    """A socket's file of which each read gives way to the other greenlets. A read that need not
-    wait does not by itself, and some loops read on for as long as something comes: `http.client`
-    over interim replies and chunk trailers, the health server over a body."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self._raw = file.detach()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        gevent.sleep(0)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+read_socket = socket.SocketIO.readinto
 
 
-class FairResponse(HTTPResponse):
-    """A reply that is read from such a file."""
+def read_fairly(self: socket.SocketIO, buffer: Any) -> int | None:
+    """A read of a socket that gives way to the other greenlets. One that need not wait does not by
+    itself, and some loops read on for as long as something comes: `http.client` over interim
+    replies and chunk trailers, the health server over a body."""
+    gevent.sleep(0)
+    return read_socket(self, buffer)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.fp = io.BufferedReader(FairFile(self.fp))
 
-
-# Those over TLS and to a proxy inherit it.
-urllib3.connection.HTTPConnection.response_class = FairResponse
+# mypy takes a method for no variable: this replaces it, for all sockets.
+socket.SocketIO.readinto = read_fairly  # type: ignore[method-assign, assignment]
 
 
 class BearerAuth(AuthBase):
@@ -1861,8 +1831,8 @@ def canonical_uid(value: str) -> str:
 def vcard_card(href: str, text: str, created: str) -> Card | None:
     """A Card from a vCard, or None without a UID: nothing can refer to it."""
     values: dict[str, list[Property]] = defaultdict(list)
-    for line in vcard_lines(text):
-        values[vcard_property(line).name].append(vcard_property(line))
+    for each in map(vcard_property, vcard_lines(text)):
+        values[each.name].append(each)
     if not values["UID"]:
         return None
     structured = (
@@ -2011,8 +1981,8 @@ class AddressBook:
 
 
 class VCard(NamedTuple):
-    """A vCard as the server has it, byte for byte, with its ETag; without one the text may differ
-    in bytes. `created`: when it was made, as far as the server tells."""
+    """A vCard. `etag`: that of just this text, empty where the server may have it in other bytes,
+    so that it must not be written back; `created`: when it was made, as far as the server tells."""
 
     text: str
     etag: str
@@ -2082,9 +2052,10 @@ class CardDAVContacts:
         self._http = HTTPClient(auth, stopping, CARDDAV_REMEDY)
         self._url = url
         self._books: dict[str, AddressBook] = {}
-        self._etags: dict[str, str] = {}
-        # Of the groups, and of the contacts at work, as last read or written here, by URL.
+        # By URL: the groups, and the contacts that were read to be written; and the ETags of what
+        # was written here.
         self._vcards: dict[str, VCard] = {}
+        self._written: dict[str, str] = {}
 
     def prepare(self) -> None:
         """Find the address books that can be written (RFC 6764 section 6): from the URL to the
@@ -2098,7 +2069,7 @@ class CardDAVContacts:
                     raise ConfigurationError(f"{self._url} knows no such user. {CARDDAV_REMEDY}")
                 home = self._follow(self._propfind(principal, "0"), f"{CARD}addressbook-home-set")
             found = self._propfind(home, "1")
-        self._vcards.clear()
+        self._vcards, self._written = {}, {}
         self._books = {
             url: AddressBook(has_version_4(each), sync_token(each))
             for url, each in sorted(
@@ -2154,17 +2125,21 @@ class CardDAVContacts:
         """The groups, the contacts of the addresses, and whoever has a uid that a new one may get;
         without addresses all cards. Servers differ in what their filters miss (Cyrus 3.6: addresses
         in property groups), and a contact missed would be doubled: so all are listed once, and from
-        then on what has changed. Where that fails (the token is too old, say) all are listed
-        again."""
+        then on what has changed. Where that fails (the token is too old, a property that is none of
+        Mailroom's cannot be shown, say) all are listed again, and no more is read than is needed.
+        """
         try:
             return self._read(addresses)
         except (ServerError, ConfigurationError) as error:
-            if getattr(error, "retry_after", 0):
+            if error.retry_after:
                 raise
             self.prepare()
-            return self._read(addresses)
+            return self._read(addresses, JUDGED_BY)
 
-    def _read(self, addresses: Collection[str] | None) -> list[Card]:
+    def _read(
+        self, addresses: Collection[str] | None, properties: Collection[str] = ()
+    ) -> list[Card]:
+        """The cards, with all or some of their properties."""
         self._books = {url: self._updated(url, book) for url, book in self._books.items()}
         if addresses is None:
             return [card for url in self._books for card in self._all_cards(url)]
@@ -2174,8 +2149,8 @@ class CardDAVContacts:
         for url, book in self._books.items():
             hrefs = {href for href, keys in book.keys.items() if not asked.isdisjoint(keys)}
             self._vcards |= {href: known[href] for href in hrefs & known.keys()}
-            self._read_whole(url, hrefs - book.version_4)
-            self._read_whole(url, hrefs & book.version_4, "4.0")
+            self._get_all(url, hrefs - book.version_4, properties)
+            self._get_all(url, hrefs & book.version_4, properties, "4.0")
         cards = (vcard_card(href, each.text, each.created) for href, each in self._vcards.items())
         return [card for card in cards if card]
 
@@ -2199,26 +2174,32 @@ class CardDAVContacts:
         with understood(url):
             for href, each in self._ask("REPORT", url, *(changes if known else everything)):
                 token = sync_token(each) or token
-                card, left = dav_card(href, each), self._vcards.pop(href, None)
+                card, written = dav_card(href, each), self._written.pop(href, None)
                 listed[href] = search_keys(card) if card else ()
-                by_others |= bool(card) and (not left or left.etag != dav_text(each, "getetag"))
+                by_others |= bool(card) and dav_text(each, "getetag") != written
+                self._vcards.pop(href, None)
             if book.has_version_4 and by_others:
                 query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
                 book = replace(book, version_4=frozenset(dict(self._ask("REPORT", url, *query))))
         keys = {href: some for href, some in {**known, **listed}.items() if some}
         return replace(book, token=token, keys=keys)
 
-    def _read_whole(self, url: str, hrefs: set[str], version: str = "") -> None:
+    def _get_all(
+        self, url: str, hrefs: set[str], properties: Collection[str], version: str = ""
+    ) -> None:
         """Read those cards of an address book that are not known as they are (RFC 6352 section
         8.7). A server may show a card of version 4.0 as 3.0 unless it is asked for as it is."""
         unread = sorted(hrefs - self._vcards.keys())
         if not unread:
             return
-        paths = (f"<D:href>{escape(urlsplit(href).path)}</D:href>" for href in unread)
-        query = ("0", "C:addressbook-multiget", card_properties(version=version), *paths)
+        paths = (urlsplit(href)._replace(scheme="", netloc="").geturl() for href in unread)
+        named = (f"<D:href>{escape(path)}</D:href>" for path in paths)
+        query = ("0", "C:addressbook-multiget", card_properties(properties, version), *named)
         with understood(url):
             read = {href: dav_vcard(each) for href, each in self._ask("REPORT", url, *query)}
-            self._vcards |= {href: vcard for href in unread if (vcard := read[href])}
+            for href in unread:
+                if vcard := read[href]:
+                    self._vcards[href] = vcard._replace(etag="") if properties else vcard
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
@@ -2245,7 +2226,7 @@ class CardDAVContacts:
             if not etag:  # It would be taken for touched, and never be known as Mailroom's again.
                 raise ServerError(f"{card.ref} answers {text}", answered=True)
             if vcard_is_untouched(text) and vcard_card(card.ref, text, card.created) == card:
-                self._etags[card.ref] = etag
+                self._vcards[card.ref] = VCard(text, etag, card.created)
                 found.add(card.ref)
         return frozenset(found)
 
@@ -2258,22 +2239,23 @@ class CardDAVContacts:
     def _destroy(self, card: Card) -> str:
         """Delete a card, if it is as it was seen; why it failed. After a 200, which may be anyone's
         page, it is asked once more: the card has to be gone then."""
-        headers = {"If-Match": self._etags[card.ref]}
-        said: list[int] = []
-        while said in ([], [200]):
-            reply = self._http.request("DELETE", card.ref, headers, accept=CARD_ANSWERS)
-            said.append(reply.status)
-        return "" if said in ([204], [200, 404]) else f"HTTP {said[-1]}"
+        headers = {"If-Match": self._vcards.pop(card.ref).etag}
+        status = self._http.request("DELETE", card.ref, headers, accept=CARD_ANSWERS).status
+        if status == 200:
+            status = self._http.request("DELETE", card.ref, headers, accept=CARD_ANSWERS).status
+            return "" if status == 404 else f"HTTP {status}"
+        return "" if status == 204 else f"HTTP {status}"
 
     def _create(self, change: CardChange) -> str:
         """Make a card at a place of its own, where no second one can be made; why it failed."""
         url = urljoin(next(iter(self._books)), f"{uuid.UUID(change.uid)}.vcf")
-        status = self._put(url, new_vcard(change), {"If-None-Match": "*"})
+        status, _ = self._put(url, new_vcard(change), {"If-None-Match": "*"})
         return "" if status in WRITTEN else f"HTTP {status}"
 
     def _edit(self, card: Card, change: CardChange) -> str:
         """Change a card as it is, again while others change it too; why it failed. After a 200,
-        which may be anyone's page, the card is read again: the change has to be in it then."""
+        which may be anyone's page, the card is read again: the change has to be in it then. A group
+        may have to be changed once more before it is read again."""
         for _ in range(EDIT_ATTEMPTS):
             text, etag = self._as_it_is(card)
             if not etag:
@@ -2281,8 +2263,11 @@ class CardDAVContacts:
             edited = edit_vcard(text, change)
             if edited == text:
                 return ""
-            status = self._put(card.ref, edited, {"If-Match": etag})
+            self._vcards.pop(card.ref, None)
+            status, etag = self._put(card.ref, edited, {"If-Match": etag})
             if status in WRITTEN:
+                if card.is_group:
+                    self._vcards[card.ref] = VCard(edited, etag, card.created)
                 return ""
             if status not in (200, 412):
                 return f"HTTP {status}"
@@ -2306,16 +2291,15 @@ class CardDAVContacts:
             return f"HTTP {reply.status}, ETag {etag or None}", ""
         return reply.body.decode(), etag
 
-    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> int:
-        """Write a vCard; the status of the answer. What a server made of it is not known unless it
-        tells a strong ETag (RFC 6352 section 6.3.2.3)."""
-        self._vcards.pop(url, None)
+    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> tuple[int, str]:
+        """Write a vCard; (the status of the answer, the ETag). A server that makes something else
+        of what it is sent tells no strong ETag (RFC 6352 section 6.3.2.3)."""
         headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
         reply = self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS)
         etag = reply.headers.get("ETag", "")
-        if reply.status in WRITTEN and etag.startswith('"'):
-            self._vcards[url] = VCard(text, etag, "")
-        return reply.status
+        if reply.status in WRITTEN:
+            self._written[url] = etag
+        return reply.status, etag if etag.startswith('"') else ""
 
 
 def is_address_book(properties: DAVProperties) -> bool:
@@ -2352,8 +2336,8 @@ def dav_vcard(properties: DAVProperties) -> VCard | None:
     """A vCard from what a REPORT says of it, None of one that is gone or of the collection itself.
     Raises LookupError when nothing is said.
 
-    In XML all lines end alike (XML 1.0 section 2.11); those of a vCard end with CRLF. If it has
-    another size on the server it is something else there.
+    In XML all lines end alike (XML 1.0 section 2.11); those of a vCard end with CRLF. If the server
+    says another size, it has it in other bytes.
     """
     if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
         return None
@@ -2375,21 +2359,15 @@ ContactStore = JMAPContacts | CardDAVContacts
 def new_clients(
     settings: MailroomSettings, stopping: Callable[[], bool] = bool
 ) -> tuple[JMAPClient, ContactStore]:
-    """The clients of the account that the settings are for."""
+    """The clients of the account that the settings are for: contacts over CardDAV where they name
+    a user for it, else over JMAP."""
     client = JMAPClient(
         settings.jmap_token, settings.jmap_url, username=settings.jmap_username, stopping=stopping
     )
-    return client, contact_store(settings, client, stopping)
-
-
-def contact_store(
-    settings: MailroomSettings, client: JMAPClient, stopping: Callable[[], bool]
-) -> ContactStore:
-    """CardDAV where the settings name a user for it, else JMAP."""
     if not settings.carddav_username:
-        return JMAPContacts(client)
+        return client, JMAPContacts(client)
     auth = credentials(settings.carddav_password, settings.carddav_username)
-    return CardDAVContacts(settings.carddav_url, auth, stopping)
+    return client, CardDAVContacts(settings.carddav_url, auth, stopping)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2409,17 +2387,15 @@ SENDABLE_ID = re.compile("[!-~]([ -~]{0,1000}[!-~])?")
 
 
 class StreamEnd(MailroomError):  # noqa: N818  (streams end: that is no error in itself)
-    """Why a stream ended. `level`: how loudly to say so; `at_least`: the seconds to stay away."""
+    """Why a stream ended. `level`: how loudly to say so; `at_least`: the seconds to stay away, None
+    where the next connection is to be made at once."""
 
-    def __init__(self, reason: str, level: int = logging.WARNING, at_least: float = 0) -> None:
+    def __init__(
+        self, reason: str, level: int = logging.WARNING, at_least: float | None = 0
+    ) -> None:
         super().__init__(reason)
         self.level = level
         self.at_least = at_least
-
-
-class Quiet(MailroomError):  # noqa: N818
-    """Nothing came for so long that the link may be dead. Some servers send no pings, so it is
-    routine."""
 
 
 @dataclass
@@ -2510,12 +2486,25 @@ def check_stream(response: requests.Response) -> None:
 
 
 class EventStream:
-    """One connection after another to an event source, and what outlasts each of them."""
+    """One connection after another to an event source, and what outlasts each of them. `on_open` is
+    called for each that is made, `on_state` with the data of each `state` event."""
 
-    def __init__(self, http: HTTPClient, url: str, status: StreamStatus) -> None:
-        self.status = status
+    def __init__(
+        self,
+        http: HTTPClient,
+        url: str,
+        status: StreamStatus,
+        log: Any,
+        on_open: Callable[[], object],
+        on_state: Callable[[str], object],
+    ) -> None:
         self._http = http
         self._url = expand_event_source_url(url)
+        self._status = status
+        self._log = log
+        self._on_open = on_open
+        self._on_state = on_state
+        self._told = ""
         self._last_event_id = ""
         self._first_delay = FIRST_DELAY
         self._quiet_limit = QUIET_LIMIT
@@ -2524,29 +2513,39 @@ class EventStream:
         self._heard: set[str] = set()
         self._proven = False
 
-    def run(self, on_open: Callable[[], object], on_state: Callable[[str], object]) -> None:
-        """One connection, to its end: raises Quiet or StreamEnd. `on_state` gets the data of each
-        `state` event."""
-        self.status.status = "connecting"
+    def follow(self, shutdown_event: Any) -> None:
+        """Connect again and again."""
+        while not shutdown_event.is_set():
+            try:
+                self.run()
+            except MailroomError as error:
+                end = error if isinstance(error, StreamEnd) else StreamEnd(str(error))
+                self._tell(end.level, str(end))
+                self._status.ended(str(end), end.level)
+                if end.at_least is not None:
+                    delay = backoff(self._attempt, self._first_delay)
+                    self._attempt += 1
+                    shutdown_event.wait(max(end.at_least, delay))
+
+    def run(self) -> None:
+        """One connection, to its end: raises StreamEnd."""
+        self._status.status = "connecting"
         reason = "the server closed it"
         with self._connect() as response:
             self._note_open()
-            on_open()
             try:
                 for event in SSEClient(event_blocks(self._chunks(response))).events():
                     self._take(event)
-                    if event.event == "state":
-                        on_state(event.data.strip())
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 reason = f"it broke off: {network_reason(error)}"
             finally:
                 self._note_end()
         raise StreamEnd(reason, logging.DEBUG if self._proven else logging.WARNING)
 
-    def next_delay(self, at_least: float) -> float:
-        """The seconds to wait after a stream has ended."""
-        self._attempt += 1
-        return max(at_least, backoff(self._attempt - 1, self._first_delay))
+    def _tell(self, level: int, text: str) -> None:
+        """Log what happens to the stream, where it is news."""
+        self._log.log(level if text != self._told else logging.DEBUG, f"event stream: {text}")
+        self._told = text if level > logging.DEBUG else self._told
 
     def _connect(self) -> requests.Response:
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
@@ -2562,9 +2561,11 @@ class EventStream:
         return response
 
     def _chunks(self, response: requests.Response) -> Iterator[bytes]:
-        """The bytes as they arrive: `read1` does not wait for a buffer to fill."""
+        """The bytes as they arrive: `read1` does not wait for a buffer to fill. Some servers send
+        no pings, so it is routine that nothing comes for so long that the link may be dead."""
         while True:
-            with gevent.Timeout(self._quiet_limit, Quiet(f"{self._quiet_limit:g} seconds")):
+            reason = f"nothing came for {self._quiet_limit:g} seconds, connecting again"
+            with gevent.Timeout(self._quiet_limit, StreamEnd(reason, logging.DEBUG, None)):
                 chunk = response.raw.read1(2**13)
             if not chunk:
                 return
@@ -2573,18 +2574,22 @@ class EventStream:
     def _take(self, event: Any) -> None:
         if event.event in ("state", "ping"):
             self._heard.add(event.event)
-            self.status.last_event_at = now_iso()
+            self._status.last_event_at = now_iso()
         if event.event == "ping":
             self._quiet_limit = quiet_limit(event.data)
         if event.id is not None and "\0" not in event.id:
             self._last_event_id = event.id if SENDABLE_ID.fullmatch(event.id) else ""
         if event.retry and re.fullmatch("[0-9]+", event.retry):
             self._first_delay = first_delay(event.retry)
+        if event.event == "state":
+            self._on_state(event.data.strip())
 
     def _note_open(self) -> None:
-        self.status.reconnect_count += bool(self._opened)
-        self.status.status, self.status.connected_since = "connected", now_iso()
+        self._status.reconnect_count += bool(self._opened)
+        self._status.status, self._status.connected_since = "connected", now_iso()
         self._opened, self._heard = time.monotonic(), set()
+        self._tell(logging.INFO, "connected")
+        self._on_open()
 
     def _note_end(self) -> None:
         """A stream that proved healthy earns the first delay again. One without a `state` may wait
@@ -2622,19 +2627,17 @@ def sse_listener(
     `event_queue` for each `state` event. `on_open` is called for each connection made, `on_state`
     with each state event's data before it goes on the queue.
     """
-    stream = EventStream(
-        HTTPClient(credentials(token, username)), event_source_url, status or StreamStatus()
-    )
 
     def signal_state(data: str) -> None:
         on_state(data)
         event_queue.put("state_changed")
 
+    http = HTTPClient(credentials(token, username))
+    given = (status or StreamStatus(), log or LOG, on_open, signal_state)
+    stream = EventStream(http, event_source_url, *given)
     # A blocked read is ended by killing its greenlet: closing the response would deadlock.
     stop = gevent.spawn(shutdown_event.wait)
-    reader = gevent.spawn(
-        outcome, lambda: follow(stream, shutdown_event, log or LOG, on_open, signal_state)
-    )
+    reader = gevent.spawn(outcome, lambda: stream.follow(shutdown_event))
     either: list[gevent.Greenlet[..., Any]] = [stop, reader]
     try:
         gevent.wait(either, count=1)
@@ -2644,37 +2647,6 @@ def sse_listener(
         reader.value, gevent.GreenletExit
     ):
         raise reader.value
-
-
-def follow(
-    stream: EventStream,
-    shutdown_event: Any,
-    log: Any,
-    on_open: Callable[[], object],
-    on_state: Callable[[str], object],
-) -> None:
-    """Connect again and again. What happens to the stream is logged when it is news."""
-    told = ""
-
-    def tell(level: int, text: str) -> None:
-        nonlocal told
-        log.log(level if text != told else logging.DEBUG, text)
-        told = text if level > logging.DEBUG else told
-
-    def opened() -> None:
-        tell(logging.INFO, "event stream: connected")
-        on_open()
-
-    while not shutdown_event.is_set():
-        try:
-            stream.run(opened, on_state)
-        except Quiet as quiet:
-            tell(logging.DEBUG, f"event stream: nothing came for {quiet}, connecting again")
-        except MailroomError as error:
-            end = error if isinstance(error, StreamEnd) else StreamEnd(str(error))
-            tell(end.level, f"event stream: {end}")
-            stream.status.ended(str(end), end.level)
-            shutdown_event.wait(stream.next_delay(end.at_least))
 
 
 class SeenStates:
@@ -2960,15 +2932,15 @@ class Triage:
         return failed | self._mark_errors(mails, unusable, patches)
 
     def _mark_errors(
-        self, mails: Iterable[Mail], unusable: Collection[str], patches: Mapping[str, MailPatch]
+        self, mails: Iterable[Mail], unusable: Mapping[str, str], patches: Mapping[str, MailPatch]
     ) -> dict[str, str]:
         """Put the error label on the unusable mails and take it off others; {sender: why it
         failed}."""
         refused = self._update_mails(patches)
         for mail in mails:
             if mail.id in unusable and patches[mail.id] and mail.id not in refused:
-                reason = why_unusable(mail, self._own)
-                LOG.warning("mail marked as an error", extra=fields(mail=mail.id, reason=reason))
+                marked = fields(mail=mail.id, reason=unusable[mail.id])
+                LOG.warning("mail marked as an error", extra=marked)
         return {
             mail.sender or f"mail {mail.id}": refused[mail.id]
             for mail in mails
@@ -3276,13 +3248,12 @@ class DryRun(Triage):
         return {}
 
     def _mark_errors(
-        self, mails: Iterable[Mail], unusable: Collection[str], patches: Mapping[str, MailPatch]
+        self, mails: Iterable[Mail], unusable: Mapping[str, str], patches: Mapping[str, MailPatch]
     ) -> dict[str, str]:
         label = self._settings.label_mailroom_error
         for mail in mails:
             if patches.get(mail.id) and mail.id in unusable:
-                reason = why_unusable(mail, self._own)
-                self._found.append(f"mail {mail.id} gets {label}: {reason}")
+                self._found.append(f"mail {mail.id} gets {label}: {unusable[mail.id]}")
             elif patches.get(mail.id):
                 self._found.append(f"mail {mail.id} loses {label}: nothing is wrong any more")
         return {}
@@ -3305,7 +3276,6 @@ class HealthHandler(gevent.pywsgi.WSGIHandler):
 
     def handle(self) -> None:
         gone = BrokenPipeError(errno.EPIPE, "too slow")
-        self.rfile = io.BufferedReader(FairFile(self.rfile))
         with suppress(OSError), gevent.Timeout(HEALTH_SECONDS, gone):
             super().handle()
 
@@ -3570,10 +3540,9 @@ class Service:
                 raise
             # Nothing is taken for granted: neither what was read, nor for long the session.
             again = self.health.consecutive_failures > 0
-            self._client.stale |= again or getattr(error, "answered", True)
+            self._client.stale |= again or error.answered
             self._seen.begin()
-            delay = getattr(error, "retry_after", 0.0)
-            return self._after(trigger, "failure", {"": str(error)}, delay)
+            return self._after(trigger, "failure", {"": str(error)}, error.retry_after)
         self._listen()
         return self._after(trigger, "sender_failures" if failed else "success", failed)
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -22,7 +23,6 @@ from typing import Any
 
 import gevent
 import pytest
-import urllib3
 from gevent.server import StreamServer
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -482,7 +482,10 @@ def test_a_reply_without_end_ends_with_the_cycle(of: str, name: str, tmp_path: P
 
 
 def test_replies_over_tls_are_read_in_the_same_way() -> None:
-    assert urllib3.connection.HTTPSConnection.response_class is mailroom.FairResponse
+    assert ssl.SSLSocket.makefile is socket.socket.makefile
+    here, there = socket.socketpair()
+    with here, there, here.makefile("rb") as file:
+        assert type(file.raw) is socket.SocketIO
 
 
 @pytest.mark.parametrize("name", ENDLESS)

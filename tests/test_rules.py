@@ -147,7 +147,7 @@ def test_who_sent_a_mail(raw: Any, sender: str, name: str) -> None:
 def test_sort_queue(mails: list[Mail], decided: dict[str, str], unusable: set[str]) -> None:
     found, wrong = sort_queue(mails, BOXES, OWN)
     assert {sender: category.name for sender, category in found.items()} == decided
-    assert wrong == unusable
+    assert wrong.keys() == unusable
 
 
 @pytest.mark.parametrize(
@@ -703,7 +703,7 @@ def test_a_plan_carried_out_leaves_nothing_to_plan(
     assert in_groups & BY_NAME.keys() == {each.contact_group for each in family(category)}
 
     before, mails = mails, patched(mails, plan.finish)
-    assert sort_queue(mails, BOXES, OWN) == ({}, frozenset())
+    assert sort_queue(mails, BOXES, OWN) == ({}, {})
     for was, now in zip(before, mails, strict=True):
         assert now.mailboxes
         foreign = {"Inbox", "Trash", "Sent", "Mine", "@Warning"}

@@ -43,11 +43,9 @@ def settings_for(server: JMAPServer, **changes: Any) -> mailroom.MailroomSetting
 
 def new_triage(settings: mailroom.MailroomSettings) -> mailroom.Triage:
     """Triage with nothing of the service around it."""
-    client = mailroom.JMAPClient(
-        settings.jmap_token, settings.jmap_url, username=settings.jmap_username
+    return mailroom.Triage(
+        settings, *mailroom.new_clients(settings), mailroom.SeenStates(), Counter()
     )
-    contacts = mailroom.contact_store(settings, client, bool)
-    return mailroom.Triage(settings, client, contacts, mailroom.SeenStates(), Counter())
 
 
 def check_wire(server: JMAPServer, *, takes_back: bool = False) -> None:
