@@ -16,9 +16,10 @@ A cycle reads the mailbox as it is, decides with pure functions (`plan_sender`) 
 an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts, mails, and last
 the label. Whatever was missed or failed, the next cycle sees.
 
-Read this file from top to bottom: settings, logs, the triage rules, JMAP, contacts, push, the
-cycle, the service, and then what is done beside it: rules for mail to come, setup, reset. A section
-needs only those above it. Run it with `python mailroom.py`, or see `python mailroom.py --help`.
+Read this file from top to bottom: settings, logs, the triage rules, HTTP, JMAP, contacts, push, the
+account, the cycle, the service, and then what is done beside it: rules for mail to come, setup,
+reset. A section needs only those above it. Run it with `python mailroom.py`, or see
+`python mailroom.py --help`.
 """
 
 import os
@@ -84,7 +85,7 @@ from sseclient import SSEClient
 
 VERSION = "1.0"
 JSON = dict[str, Any]
-# What is raised on meeting something else than was to be read. environs raises ValueErrors,
+# The errors that say that some input is not what it should be. environs raises ValueErrors,
 # ElementTree SyntaxErrors; OSError is a file's.
 MALFORMED = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
@@ -193,7 +194,7 @@ class Category:
 
     @property
     def undoes(self) -> bool:
-        """Whether it is no way to triage a sender, but what the undo label asks for."""
+        """Whether this is what the undo label asks for, which has no name."""
         return not self.name
 
 
@@ -253,10 +254,10 @@ def parse_categories(entries: Collection[Any]) -> tuple[tuple[Category, ...], li
 def ancestors(category: Category, categories: Iterable[Category]) -> list[Category]:
     """The parents of a category, nearest first; ends where one is unknown or comes again."""
     by_name = {each.name: each for each in categories}
-    chain = [category]
-    while (parent := by_name.get(chain[-1].parent)) and parent not in chain:
-        chain.append(parent)
-    return chain[1:]
+    family = [category]
+    while (parent := by_name.get(family[-1].parent)) and parent not in family:
+        family.append(parent)
+    return family[1:]
 
 
 def category_problems(categories: Sequence[Category], reserved: Iterable[str]) -> Iterator[str]:
@@ -390,9 +391,9 @@ def written_forms(secret: str, users: Iterable[str]) -> set[str]:
     """A secret as it may come in a text: plain, in a header, as JSON, Python and URLs write it, and
     as the password of HTTP Basic."""
     plain = {secret, secret.encode().decode("latin-1")}
-    quoted = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    quoted |= {repr(secret)[1:-1], quote(secret), quote(secret, ""), quote_plus(secret)}
-    return plain | quoted | {b64encode(f"{user}:{secret}".encode()).decode() for user in users}
+    escaped = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    escaped |= {repr(secret)[1:-1], quote(secret), quote(secret, ""), quote_plus(secret)}
+    return plain | escaped | {b64encode(f"{user}:{secret}".encode()).decode() for user in users}
 
 
 SETTINGS = {n: row for n, row in vars(MailroomSettings).items() if isinstance(row, Setting)}
@@ -431,7 +432,7 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
 
 # What could end a line of a log or a vCard, or command a terminal.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-# What a server says is cut early to save memory, and cut to be read when it is shown.
+# A server's text is kept up to so many characters, to save memory, and shown up to so many.
 MAX_SAID = 10_000
 MAX_SHOWN = 500
 
@@ -534,9 +535,9 @@ class Card:
 @dataclass(frozen=True)
 class CardChange:
     """What to do with one card. Without `card` one is made, of the `kind` "company", "person" or
-    "group"; nothing is, if it is empty. `name` goes to a card that has none, `note` are lines to
-    add, `clean` takes Mailroom's own lines out of the notes, `destroy` the whole card away, `add`
-    and `remove` are the uids that join or leave a group."""
+    "group"; with an empty kind nothing is done. `name` goes to a card that has none, `note` are
+    lines to add, `clean` takes Mailroom's own lines out of the notes, `destroy` the whole card
+    away, `add` and `remove` are the uids that join or leave a group."""
 
     uid: str
     card: Card | None = None
@@ -693,7 +694,8 @@ def own_uids(what: str) -> Iterator[str]:
 
 def contact_uid(address: str, taken: Collection[str] = ()) -> str:
     """The uid of a new contact for an address. It is always the same, so that no server makes the
-    contact twice; or the next in line where the user gave that contact another address."""
+    contact twice; or the next in line if a card has that one, say since the user gave that contact
+    another address."""
     return next(uid for uid in own_uids(f"mailto:{address}") if uid not in taken)
 
 
@@ -710,7 +712,7 @@ def clean_note(text: str, newline: str = r"\r?\n") -> str:
 
 def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]) -> Card | None:
     """The contact that has exactly this address: one in a managed group before others, then the
-    oldest. Groups among the contacts are none."""
+    oldest. Groups do not count."""
     grouped = {uid for group in managed for uid in group.members}
     return min(
         (each for each in contacts if address in each.emails and not each.is_group),
@@ -756,6 +758,34 @@ def plan_contact(
         name=name or sender,
         note=(CREATED_NOTE, triaged),
     )
+
+
+def groups_by_name(cards: Iterable[Card]) -> dict[str, Card]:
+    """{name: group}; of several with one name the first by uid."""
+    groups = (card for card in cards if card.is_group)
+    return {group.name: group for group in sorted(groups, key=lambda card: card.uid, reverse=True)}
+
+
+def plan_groups(
+    uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
+) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
+    """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
+    managed one."""
+    now = [group for group in groups if uid in group.members]
+    missing = set(wanted) - {group.name for group in now}
+    first = groups_by_name(groups)
+    leave = (group for group in now if rules.is_managed(group) and group.name not in wanted)
+    return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
+
+
+def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[str]]]:
+    """(group, the uids that it is paired with) for each group."""
+    groups: dict[str, Card] = {}
+    uids: dict[str, set[str]] = defaultdict(set)
+    for group, uid in pairs:
+        groups[group.uid] = group
+        uids[group.uid].add(uid)
+    return [(group, frozenset(uids[key])) for key, group in groups.items()]
 
 
 def was_made(card: Card) -> bool:
@@ -826,34 +856,6 @@ def plan_undo(
     )
 
 
-def groups_by_name(cards: Iterable[Card]) -> dict[str, Card]:
-    """{name: group}; of several with one name the first by uid."""
-    groups = (card for card in cards if card.is_group)
-    return {group.name: group for group in sorted(groups, key=lambda card: card.uid, reverse=True)}
-
-
-def plan_groups(
-    uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
-) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
-    """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
-    managed one."""
-    now = [group for group in groups if uid in group.members]
-    missing = set(wanted) - {group.name for group in now}
-    first = groups_by_name(groups)
-    leave = (group for group in now if rules.is_managed(group) and group.name not in wanted)
-    return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
-
-
-def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[str]]]:
-    """(group, the uids that it is paired with) for each group."""
-    groups: dict[str, Card] = {}
-    uids: dict[str, set[str]] = defaultdict(set)
-    for group, uid in pairs:
-        groups[group.uid] = group
-        uids[group.uid].add(uid)
-    return [(group, frozenset(uids[key])) for key, group in groups.items()]
-
-
 def came_to_inbox(mail: Mail, boxes: Boxes) -> bool:
     """Whether a mail is in the Inbox on account of its category. An ancestor is not its category:
     that is the one below all others whose destination the mail is in."""
@@ -875,8 +877,9 @@ def plan_mails(
     mails: Iterable[Mail], family: Sequence[Category], boxes: Boxes, warn: bool
 ) -> tuple[dict[str, MailPatch], dict[str, MailPatch]]:
     """(patches that re-file, patches that then take the labels off), each {mail id: patch}. Mails
-    that are neither labelled nor in a managed mailbox stay where they are. Only the label that is
-    carried out comes off: another may have been put on meanwhile."""
+    that are neither labelled nor in a managed mailbox (in Trash, Junk, Drafts, Sent or a folder of
+    the user's, say) stay where they are. Only the label that is carried out comes off: another may
+    have been put on meanwhile."""
     category, label = family[0], boxes.label_of(family[0])
     destinations = {boxes.destinations[each.name] for each in family}
     refile, finish = {}, {}
@@ -1014,11 +1017,12 @@ class Reply(NamedTuple):
 
 
 class HTTPClient:
-    """Requests that carry the credentials to those they are meant for, and to no one else.
-    `stopping` is asked before each request; `remedy` is what to do when they are refused."""
+    """Requests that carry the credentials to those they are meant for, and to no one else: over TLS
+    that is verified, as `requests` does, or to this machine itself. `stopping` is asked before each
+    request; `remedy` is what to do when they are refused."""
 
     def __init__(
-        self, auth: AuthBase, stopping: Callable[[], bool] = bool, remedy: str = ""
+        self, auth: AuthBase, stopping: Callable[[], bool] = lambda: False, remedy: str = ""
     ) -> None:
         self._auth = auth
         self._stopping = stopping
@@ -1170,6 +1174,8 @@ CONTACTS = "urn:ietf:params:jmap:contacts"
 SUBMISSION = "urn:ietf:params:jmap:submission"
 SIEVE = "urn:ietf:params:jmap:sieve"
 MAX_PAGE = 4096
+# What a call takes beside the item in it, and the commas.
+CALL_OCTETS = 200
 SESSION_URLS = ("apiUrl", "eventSourceUrl", "downloadUrl", "uploadUrl")
 NAME_PARTS = ("given", "given2", "surname")
 JMAP_REMEDY = (
@@ -1247,7 +1253,7 @@ def packed(
     portion: list[T] = []
     weight, size = 0, 0
     for item in items:
-        octets = len(json.dumps(item)) + 200
+        octets = len(json.dumps(item)) + CALL_OCTETS
         if portion and (weight + weigh(item) > most or size + octets > most_bytes):
             yield portion
             portion, weight, size = [], 0, 0
@@ -1279,7 +1285,7 @@ class JMAPClient:
         hostname: str = "api.fastmail.com",
         *,
         username: str = "",
-        stopping: Callable[[], bool] = bool,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.session_url = session_url(hostname)
         self.http = HTTPClient(credentials(token, username), stopping, JMAP_REMEDY)
@@ -1496,67 +1502,20 @@ MANY_MEMBERS = 500
 OTHERS = ""
 
 
-class JMAPContacts:
-    """Contacts in a JMAP account: one of the two stores, which have the same public methods.
-
-    JMAP gives all members of a group or none. So where a search finds the large groups by their
-    members, only the others are read with theirs, and the search tells who is in a large one. When
-    it fails, or does not know what was written here, all are read with theirs the next time.
-    """
+class MemberSearch:
+    """Who is in the large groups. JMAP gives all members of a group or none. So where a search
+    finds the large groups by their members, only the others are read with theirs, and the search
+    tells who is in a large one. When it fails, or does not know what was written here, all are read
+    with theirs the next time."""
 
     def __init__(self, client: JMAPClient) -> None:
         self._client = client
-        self._address_book = ""
-        self._state = ""
-        self._has_search = False
+        self._works = False
         self._small: list[str] = []
         # (ref, uid, whether it is in that group), as it was lately written here.
         self._written: deque[tuple[str, str, bool]] = deque(maxlen=1000)
 
-    def prepare(self) -> None:
-        """Find the default address book. Raises ConfigurationError without one, ServerError."""
-        if not self._client.account(CONTACTS):
-            raise ConfigurationError(NO_CONTACTS)
-        if self._client.account(CONTACTS).get("isReadOnly"):
-            raise ConfigurationError("the token may not write contacts: it needs that scope")
-        [[answer]] = self._client.send([[("AddressBook/get", {"ids": None})]])
-        with understood("AddressBook/get"):
-            books = sorted(expect(answer)["list"], key=lambda book: not book.get("isDefault"))
-            if not books:
-                raise ConfigurationError("the account has no address book")
-            self._address_book = str(books[0]["id"])
-
-    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
-        """What to ask the JMAP server, along with other things, for the groups and the contacts
-        that may be those of the addresses; without addresses for all cards. The state comes first,
-        so that a later change by someone else is noticed."""
-        calls: list[Call] = [("ContactCard/get", {"ids": []})]
-        filters: list[JSON | None] = [None]
-        keys: Sequence[str] = CARD_KEYS
-        if addresses is not None:
-            uids = [contact_uid(address) for address in addresses]
-            wanted = [{"email": address} for address in addresses] + [{"uid": uid} for uid in uids]
-            filters = [{"kind": "group"}, *([any_of(wanted)] if addresses else [])]
-        if addresses and self._has_search:
-            small = {"ids": self._small, "properties": ["id", "members"]}
-            calls += [("ContactCard/get", small), *map(groups_with, uids)]
-            keys = CARD_KEYS[:-1]
-        self._has_search = False  # until it has answered
-        return calls, [Query("ContactCard", filter_, keys, jmap_card) for filter_ in filters]
-
-    def cards(
-        self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
-    ) -> list[Card]:
-        """The cards, given what the questions brought. Raises the MethodError that a query may
-        have met: a contact not seen would be doubled."""
-        self._state = str(answers[0].get("state"))
-        cards = [card for cards in found for card in expect(cards)]
-        if addresses and answers[1:]:
-            return self._with_members(cards, addresses, answers[1:])
-        self._try_search([card for card in cards if card.is_group])
-        return cards
-
-    def _try_search(self, groups: Sequence[Card]) -> None:
+    def learn(self, groups: Sequence[Card]) -> None:
         """See whether a search by a member of each large group finds just the groups it is in."""
         large = [group for group in groups if len(group.members) > MANY_MEMBERS]
         uids = sorted({min(group.members) for group in large})
@@ -1567,12 +1526,21 @@ class JMAPContacts:
                 and {*answer["ids"]} == {group.ref for group in groups if uid in group.members}
                 for uid, [answer] in zip(uids, answers, strict=True)
             ]
-        self._has_search = bool(found) and all(found)
+        self._works = bool(found) and all(found)
         self._written.clear()
         small = [group.ref for group in groups if group not in large]
         self._small = small[: self._client.limits["maxObjectsInGet"]]
 
-    def _with_members(
+    def questions(self, uids: Sequence[str]) -> list[Call]:
+        """What to ask of these contacts, beside groups without members; nothing where the groups
+        are to come with theirs."""
+        works, self._works = self._works, False  # until it has answered
+        if not (works and uids):
+            return []
+        small = {"ids": self._small, "properties": ["id", "members"]}
+        return [("ContactCard/get", small), *map(groups_with, uids)]
+
+    def with_members(
         self, cards: Sequence[Card], addresses: Collection[str], answers: Sequence[JSON]
     ) -> list[Card]:
         """The cards, the large groups with those members that are contacts of the addresses, or
@@ -1596,8 +1564,68 @@ class JMAPContacts:
         written = {(ref, uid): there for ref, uid, there in self._written if uid in holders}
         if any((uid in members.get(ref, ())) != there for (ref, uid), there in written.items()):
             raise ServerError("the search for members lags behind", answered=True)
-        self._has_search = True
+        self._works = True
         return [replace(card, members=frozenset(members.get(card.ref, ()))) for card in cards]
+
+    def note_written(self, changes: Iterable[CardChange], refused: Collection[str]) -> None:
+        """Some changes were carried out. What was refused may be a group that has been emptied
+        since: that takes no member by a path."""
+        self._works &= not refused
+        self._written += [
+            (change.card.ref, uid, uid in change.add)
+            for change in changes
+            if change.card and change.uid not in refused
+            for uid in change.add | change.remove
+        ]
+
+
+class JMAPContacts:
+    """Contacts in a JMAP account: one of the two stores, which have the same public methods."""
+
+    def __init__(self, client: JMAPClient) -> None:
+        self._client = client
+        self._address_book = ""
+        self._state = ""
+        self._search = MemberSearch(client)
+
+    def prepare(self) -> None:
+        """Find the default address book. Raises ConfigurationError without one, ServerError."""
+        if not self._client.account(CONTACTS):
+            raise ConfigurationError(NO_CONTACTS)
+        if self._client.account(CONTACTS).get("isReadOnly"):
+            raise ConfigurationError("the token may not write contacts: it needs that scope")
+        [[answer]] = self._client.send([[("AddressBook/get", {"ids": None})]])
+        with understood("AddressBook/get"):
+            books = sorted(expect(answer)["list"], key=lambda book: not book.get("isDefault"))
+            if not books:
+                raise ConfigurationError("the account has no address book")
+            self._address_book = str(books[0]["id"])
+
+    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
+        """What to ask the JMAP server, along with other things, for the groups and the contacts
+        that may be those of the addresses; without addresses for all cards. The state comes first,
+        so that a later change by someone else is noticed."""
+        uids = [contact_uid(address) for address in addresses or ()]
+        filters: list[JSON | None] = [None]
+        if addresses is not None:
+            wanted = [{"email": address} for address in addresses] + [{"uid": uid} for uid in uids]
+            filters = [{"kind": "group"}, *([any_of(wanted)] if addresses else [])]
+        members = self._search.questions(uids)
+        keys = [key for key in CARD_KEYS if key != "members" or not members]
+        calls: list[Call] = [("ContactCard/get", {"ids": []}), *members]
+        return calls, [Query("ContactCard", filter_, keys, jmap_card) for filter_ in filters]
+
+    def cards(
+        self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
+    ) -> list[Card]:
+        """The cards, given what the questions brought. Raises the MethodError that a query may
+        have met: a contact not seen would be doubled."""
+        self._state = str(answers[0].get("state"))
+        cards = [card for cards in found for card in expect(cards)]
+        if addresses and answers[1:]:
+            return self._search.with_members(cards, addresses, answers[1:])
+        self._search.learn([card for card in cards if card.is_group])
+        return cards
 
     def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
         """Carry out the changes; {uid: why it was refused}. It takes one ContactCard/set for as
@@ -1615,17 +1643,10 @@ class JMAPContacts:
             done = expect(answer)
             self._state = str(done.get("newState"))
             errors = set_errors(done)
-            # It may be a group that has been emptied since: it takes no member by a path.
-            self._has_search &= not errors
             for uid, (_, key, _) in portion.items():
                 if key in errors:
                     refused[uid] = error_text(errors[key])
-        self._written += [
-            (change.card.ref, uid, uid in change.add)
-            for change in changes
-            if change.card and change.uid not in refused
-            for uid in change.add | change.remove
-        ]
+        self._search.note_written(changes, refused)
         not_made = {change.uid for change in changes if not change.card} & refused.keys()
         out = [
             CardChange(change.uid, change.card, remove=change.add & not_made)
@@ -2104,8 +2125,10 @@ class CardDAVContacts:
             with understood(url):
                 return dict(self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED))
         except ServerError as error:
-            error.args = (f"MAILROOM_CARDDAV_URL={self._url}: {error}",)
-            raise
+            named = f"MAILROOM_CARDDAV_URL={self._url}: {error}"
+            raise ServerError(
+                named, answered=error.answered, retry_after=error.retry_after
+            ) from None
 
     def _ask(
         self, method: str, url: str, depth: str, *body: str
@@ -2169,19 +2192,19 @@ class CardDAVContacts:
         since = (book.token, "<D:sync-level>1</D:sync-level>")
         changes = ("0", "D:sync-collection", *since, card_properties(KNOWN_BY))
         everything = ("1", "C:addressbook-query", card_properties(KNOWN_BY), "<C:filter/>")
-        listed: dict[str, tuple[int, ...]] = {}
+        changed: dict[str, tuple[int, ...]] = {}
         token, by_others = book.token, False
         with understood(url):
             for href, each in self._ask("REPORT", url, *(changes if known else everything)):
                 token = sync_token(each) or token
                 card, written = dav_card(href, each), self._written.pop(href, None)
-                listed[href] = search_keys(card) if card else ()
+                changed[href] = search_keys(card) if card else ()
                 by_others |= bool(card) and dav_text(each, "getetag") != written
                 self._vcards.pop(href, None)
             if book.has_version_4 and by_others:
                 query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
                 book = replace(book, version_4=frozenset(dict(self._ask("REPORT", url, *query))))
-        keys = {href: some for href, some in {**known, **listed}.items() if some}
+        keys = {href: some for href, some in {**known, **changed}.items() if some}
         return replace(book, token=token, keys=keys)
 
     def _get_all(
@@ -2351,23 +2374,6 @@ def dav_card(url: str, properties: DAVProperties) -> Card | None:
     """A Card from the same."""
     vcard = dav_vcard(properties)
     return vcard_card(url, vcard.text, vcard.created) if vcard else None
-
-
-ContactStore = JMAPContacts | CardDAVContacts
-
-
-def new_clients(
-    settings: MailroomSettings, stopping: Callable[[], bool] = bool
-) -> tuple[JMAPClient, ContactStore]:
-    """The clients of the account that the settings are for: contacts over CardDAV where they name
-    a user for it, else over JMAP."""
-    client = JMAPClient(
-        settings.jmap_token, settings.jmap_url, username=settings.jmap_username, stopping=stopping
-    )
-    if not settings.carddav_username:
-        return client, JMAPContacts(client)
-    auth = credentials(settings.carddav_password, settings.carddav_username)
-    return client, CardDAVContacts(settings.carddav_url, auth, stopping)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2602,8 +2608,8 @@ class EventStream:
 
 
 def outcome(run: Callable[[], object]) -> BaseException | None:
-    """What the work of a greenlet died of. It is caught here because gevent would print it to no
-    one's use, and a greenlet that dies is silent otherwise."""
+    """Run the work of a greenlet; what it raised, if anything. gevent would only print that, and
+    nobody else would notice that the greenlet is dead."""
     try:
         run()
     except BaseException as error:
@@ -2620,8 +2626,8 @@ def sse_listener(
     *,
     username: str = "",
     status: StreamStatus | None = None,
-    on_open: Callable[[], object] = bool,
-    on_state: Callable[[str], object] = bool,
+    on_open: Callable[[], object] = lambda: None,
+    on_state: Callable[[str], object] = lambda data: None,
 ) -> None:
     """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
     `event_queue` for each `state` event. `on_open` is called for each connection made, `on_state`
@@ -2702,28 +2708,24 @@ class SeenStates:
 
 
 # ------------------------------------------------------------------------------------------------
-# The triage cycle
+# The account: who serves it, what it has to have, and what is there
 # ------------------------------------------------------------------------------------------------
 
-MAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt")
-SENDERS_AT_ONCE = 50
-NEWEST_IN_SCREENER = 100
-EMAIL_STATE: Call = ("Email/get", {"ids": []})
-MAILBOX_STATE: Call = ("Mailbox/get", {"ids": []})
+ContactStore = JMAPContacts | CardDAVContacts
 
 
-def parse_mail(raw: JSON) -> Mail:
-    """A Mail from an Email object (RFC 8621 section 4.1). What cannot be an address is none, and a
-    name has nothing in it that could end a line."""
-    author = (raw.get("from") or [{}])[0]
-    address = (author.get("email") or "").strip().lower()
-    return Mail(
-        id=as_text(raw["id"]),
-        sender=address if "@" in address and address.isprintable() else "",
-        display_name=CONTROLS.sub(" ", author.get("name") or ""),
-        mailboxes=frozenset(box for box, there in raw["mailboxIds"].items() if there),
-        received=as_text(raw.get("receivedAt") or ""),
+def new_clients(
+    settings: MailroomSettings, stopping: Callable[[], bool] = lambda: False
+) -> tuple[JMAPClient, ContactStore]:
+    """The clients of the account that the settings are for: contacts over CardDAV where they name
+    a user for it, else over JMAP."""
+    client = JMAPClient(
+        settings.jmap_token, settings.jmap_url, username=settings.jmap_username, stopping=stopping
     )
+    if not settings.carddav_username:
+        return client, JMAPContacts(client)
+    auth = credentials(settings.carddav_password, settings.carddav_username)
+    return client, CardDAVContacts(settings.carddav_url, auth, stopping)
 
 
 def parse_mailbox(raw: JSON) -> tuple[int, str, str]:
@@ -2759,7 +2761,7 @@ def needed_mailboxes(settings: MailroomSettings) -> list[Need]:
     warning = Need("label", settings.label_mailroom_warning, "another name than expected")
     return [
         Need("mailbox", settings.screener_mailbox, "mail of strangers waits here"),
-        *(Need("mailbox", name, f"mail of {listed}") for name, listed in destinations.items()),
+        *(Need("mailbox", name, f"mail of {whose}") for name, whose in destinations.items()),
         *(Need("label", each.label, f"triages a sender to {each.name}") for each in categories),
         Need("label", settings.label_undo, "takes a triage back", optional=True),
         Need("label", settings.label_mailroom_error, "what cannot be done"),
@@ -2771,7 +2773,7 @@ def needed_groups(settings: MailroomSettings) -> list[Need]:
     """The contact groups that the settings name."""
     groups = purposes(settings.triage_categories, "contact_group")
     return [
-        *(Need("contact group", name, f"senders of {listed}") for name, listed in groups.items()),
+        *(Need("contact group", name, f"senders of {whose}") for name, whose in groups.items()),
         Need("contact group", settings.provenance_group, "contacts that Mailroom has made"),
     ]
 
@@ -2789,9 +2791,9 @@ def lacking(needs: Iterable[Need], there: Collection[str]) -> list[Need]:
     return [need for need in needs if need.name not in there]
 
 
-def check_complete(lacks: Iterable[Need]) -> None:
+def check_complete(missing: Iterable[Need]) -> None:
     """Raises ConfigurationError with a line for each thing that Mailroom cannot do without."""
-    if needs := [need for need in lacks if not need.optional]:
+    if needs := [need for need in missing if not need.optional]:
         named = sorted(f"{need.kind} {need.name!r}" for need in needs)
         raise ConfigurationError(
             *(f"the account has no {each}: `setup --apply` makes it" for each in named)
@@ -2839,6 +2841,31 @@ def read_account(
     calls, questions = contacts.questions(addresses)
     answers, [mailboxes, *found] = client.fetch([MAILBOXES, *questions], calls)
     return ids_by_name(expect(mailboxes)), contacts.cards(addresses, answers, found)
+
+
+# ------------------------------------------------------------------------------------------------
+# The triage cycle
+# ------------------------------------------------------------------------------------------------
+
+MAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt")
+SENDERS_AT_ONCE = 50
+NEWEST_IN_SCREENER = 100
+EMAIL_STATE: Call = ("Email/get", {"ids": []})
+MAILBOX_STATE: Call = ("Mailbox/get", {"ids": []})
+
+
+def parse_mail(raw: JSON) -> Mail:
+    """A Mail from an Email object (RFC 8621 section 4.1). What cannot be an address is none, and a
+    name has nothing in it that could end a line."""
+    author = (raw.get("from") or [{}])[0]
+    address = (author.get("email") or "").strip().lower()
+    return Mail(
+        id=as_text(raw["id"]),
+        sender=address if "@" in address and address.isprintable() else "",
+        display_name=CONTROLS.sub(" ", author.get("name") or ""),
+        mailboxes=frozenset(box for box, there in raw["mailboxIds"].items() if there),
+        received=as_text(raw.get("receivedAt") or ""),
+    )
 
 
 def by_from(address: str) -> JSON:
@@ -3171,9 +3198,9 @@ class Triage:
 # ------------------------------------------------------------------------------------------------
 
 
-def number(count: int, noun: str) -> str:
+def number(many: int, noun: str) -> str:
     """`1 mail`, `2,500 mails`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{many:,} {noun}{'' if many == 1 else 's'}"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -3271,8 +3298,8 @@ HEALTH_SECONDS = 5.0
 
 
 class HealthHandler(gevent.pywsgi.WSGIHandler):
-    """One client of the health port, for one request. One that is too slow is taken for gone, and
-    rubbish is not told of."""
+    """One client of the health port, for one request. One that is too slow is taken for gone, and a
+    malformed request is not logged."""
 
     def handle(self) -> None:
         gone = BrokenPipeError(errno.EPIPE, "too slow")
@@ -3359,8 +3386,10 @@ class Health:
 # ------------------------------------------------------------------------------------------------
 
 FAULT = "a fault in the program"
-# Of a standard output that is full or that no one reads. Other OSErrors have classes of their own.
+# What writing to a standard output raises that is full or that no one reads. Compared by the exact
+# class: errors of the network are OSErrors of classes of their own.
 OUTPUT_ERRORS = (OSError, BrokenPipeError)
+# A cycle has so long to come to an end, and the other greenlets a second: within 5 all is over.
 SHUTDOWN_SECONDS = 3.0
 CONNECT_GRACE = 1.0
 # So many signals may wait for a cycle; then the stream is left unread.
@@ -3513,7 +3542,7 @@ class Service:
     def _wait(self, delay: float) -> str:
         """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
         that arrives in it is one cycle; the window does not slide, so that no steady stream of
-        events can put the cycle off."""
+        events can put the cycle off. Signals that came while a cycle ran open one at once."""
         due = time.monotonic() + delay
         while not self.shutdown.is_set() and (left := due - time.monotonic()) > 0:
             try:
@@ -3848,11 +3877,11 @@ def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, s
     }
 
 
-def setup_item(need: Need, lacks: Collection[Need], tried: Mapping[Need, str]) -> dict[str, str]:
+def setup_item(need: Need, missing: Collection[Need], tried: Mapping[Need, str]) -> dict[str, str]:
     """What is told of a need, given what the account lacks and what became of the tries. Its state
     is there, missing, made or refused; the purpose of what is refused is the reason."""
     reason = tried.get(need, "")
-    state = "missing" if need in lacks else "there"
+    state = "missing" if need in missing else "there"
     if need in tried:
         state = "refused" if reason else "made"
     purpose = reason or need.purpose

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import gevent
 import gevent.event
@@ -17,9 +18,9 @@ import gevent.os
 import homes
 import pytest
 from homes import EmbeddedHome, embedded_home, once, run
-from jmap_server import FOREVER, Fault
+from jmap_server import FOREVER, Fault, JMAPServer
 from radicale_server import RadicaleServer
-from tools import PROGRAM, command, variables_of
+from tools import PROGRAM, command, process, variables_of
 
 import mailroom
 
@@ -427,3 +428,49 @@ def test_one_cycle_that_is_interrupted_has_stopped_as_asked(home: EmbeddedHome) 
     assert (program.status(), out) == (0, "")
     events = [json.loads(line)["event"] for line in err.splitlines()]
     assert set(events) <= {"account ready", "stopped"}
+
+
+# How it is started
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "mailroom.py"),
+        (["-I"], "mailroom.py"),
+        (["-X", "dev"], "mailroom.py"),
+        (["--"], "mailroom.py"),
+        (["-m", "pdb", "-c", "continue"], "mailroom.py"),
+        ([], "renamed.py"),
+        ([], "link.py"),
+    ],
+)
+def test_it_is_the_given_file_that_runs_wherever_it_is_started(
+    options: list[str], name: str, tmp_path: Path
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "else:where"
+    here.mkdir()
+    elsewhere.mkdir()
+    for decoy in ("json.py", "mailroom.py"):
+        (here / decoy).write_text("raise SystemExit('the wrong file')")
+    text = PROGRAM.read_text().replace('VERSION = "1.0"', 'VERSION = "its own"')
+    (elsewhere / "mailroom.py").write_text(text)
+    (elsewhere / "renamed.py").write_text(text)
+    (elsewhere / "link.py").symlink_to("mailroom.py")
+    place = elsewhere
+    if name == "mailroom.py" and not options:  # one whose path can be a module's
+        place = elsewhere.rename(tmp_path / "elsewhere")
+    command = [sys.executable, *options, str(place / name), "--version"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60)
+    assert "Mailroom its own" in done.stdout, done.stderr
+
+
+def test_the_script_runs_as_a_module(tmp_path: Path) -> None:
+    """As a script it would take 10 MB more."""
+    with (
+        JMAPServer.with_mailroom_account() as server,
+        process(server, tmp_path / "log", str(PROGRAM), "run") as started,
+    ):
+        server.wait_for(lambda: server.requests)
+        words = Path(f"/proc/{started.pid}/cmdline").read_bytes().split(b"\0")
+    assert words[-4:-1] == [b"-m", b"mailroom", b"run"]
