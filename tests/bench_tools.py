@@ -25,8 +25,9 @@ import radicale_server
 import requests
 from gevent.event import Event
 from jmap_server import JMAPServer, Options
+from ports import free_port
 from radicale_server import RadicaleServer
-from tools import free_port, new_triage, parse_metrics, process, settings_for
+from tools import new_triage, parse_metrics, process, settings_for
 
 import mailroom
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jmap_server import JSON, JMAPServer
-from tools import free_port
+from ports import free_port
 
 import mailroom
 

@@ -32,7 +32,6 @@ import secrets
 import shutil
 import signal
 import smtplib
-import socket
 import subprocess
 import tempfile
 import time
@@ -42,6 +41,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import requests
+from ports import free_ports
 
 INSTALL = (
     "apt-get install -y --no-install-recommends "
@@ -193,7 +193,7 @@ class CyrusServer:
         """Write both configuration files and the key into directories that Cyrus owns."""
         for name in ("conf/db", "conf/socket", "mail", "sieve", "run", "keys", "search"):
             (self.home / name).mkdir(parents=True)
-        self.imap_port, self.http_port, self.lmtp_port = _free_ports(3)
+        self.imap_port, self.http_port, self.lmtp_port = free_ports(3)
         imapd_conf = IMAPD_CONF + (XAPIAN_SEARCH if self.search else NO_SEARCH)
         imapd_conf += SIEVE_CONF if self.sieve else ""
         cyrus_conf = CYRUS_CONF.format(
@@ -394,15 +394,6 @@ def _owned_directory(account: pwd.struct_passwd) -> Path:
     home = Path(tempfile.mkdtemp(prefix="cyrus-"))
     os.chown(home, account.pw_uid, account.pw_gid)
     return home
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now; all are held at once so that none is named twice."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

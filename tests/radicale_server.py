@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Self
 from urllib.parse import urljoin
 
 import requests
+from ports import free_port
 
 START_DEADLINE = 30.0
 STOP_DEADLINE = 10.0
@@ -147,7 +147,7 @@ class RadicaleServer:
         return response
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        self.port = _free_port()
+        self.port = free_port()
         (self.home / "users").write_text(f"{self.username}:{self.password}\n")
         (self.home / "config").write_text(CONFIG.format(home=self.home, port=self.port))
         with (self.home / "log").open("wb") as log:
@@ -171,12 +171,6 @@ class RadicaleServer:
                         f"Radicale did not come up ({error!r}). Its log:\n{self.log_tail()}"
                     ) from error
                 time.sleep(POLL_STEP)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

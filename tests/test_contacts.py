@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import ports
 import pytest
 import radicale_server
 import requests
@@ -575,7 +576,7 @@ def test_cyrus_given_the_wrong_settings(
 
 
 def test_a_server_that_is_down_is_worth_another_try() -> None:
-    url = f"http://127.0.0.1:{tools.free_port()}/"
+    url = f"http://127.0.0.1:{ports.free_port()}/"
     error = trouble(CardDAVContacts(url, credentials("any", "alice"), bool))
     assert type(error) is ServerError
     assert (URL in str(error), "refused" in str(error)) == (True, True)

@@ -19,7 +19,7 @@ import pytest
 import requests
 from container_tools import DEPLOY, ENGINE, IMAGE, ROOT, call, do, engine, settings_of, started
 from jmap_server import JSON, JMAPServer, Options
-from tools import free_port
+from ports import free_port
 
 import mailroom
 

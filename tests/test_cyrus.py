@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import ports
 import pytest
 import tools
 from books import Seen, cyrus_book
@@ -448,7 +449,7 @@ def relay(port: int, to: int) -> Iterator[None]:
 
 
 def test_cyrus_may_be_away_at_first_and_later(account: Account, tmp_path: Path) -> None:
-    port = tools.free_port()
+    port = ports.free_port()
     settings = account.settings | {"jmap_url": f"http://127.0.0.1:{port}"}
     with program(tmp_path / "log", **settings) as running:
         for turn in (1, 2):

@@ -27,8 +27,9 @@ from gevent.server import StreamServer
 from hypothesis import example, given
 from hypothesis import strategies as st
 from jmap_server import FOREVER, Fault, JMAPServer, Options
+from ports import free_port
 from test_push import PING, SCHEDULE, STATE, Listener, Shutdown
-from tools import COUNTS, PROGRAM, check_account, free_port, memory, process, running
+from tools import COUNTS, PROGRAM, check_account, memory, process, running
 
 import mailroom
 

@@ -15,11 +15,12 @@ import gevent
 import pytest
 import requests
 from jmap_server import FOREVER, Fault, JMAPServer, Options
+from ports import free_port
 from test_contacts import ADDRESS_BOOK, FOUND, MULTISTATUS
 from test_hell import Peer, at_once, refusal, stopped, tap, wait_filed
 from test_push import open_files
 from test_vcards import HOSTILE
-from tools import Running, check_account, free_port, process, running
+from tools import Running, check_account, process, running
 
 import mailroom
 from mailroom import CardDAVContacts, JMAPClient, MailroomError, MailroomSettings, credentials

@@ -20,16 +20,8 @@ import gevent.pywsgi
 import pytest
 import requests
 from jmap_server import FOREVER, JSON, Fault, JMAPServer, Options
-from tools import (
-    SERVERS,
-    Running,
-    check_account,
-    free_port,
-    nth_request,
-    parse_metrics,
-    process,
-    running,
-)
+from ports import free_port
+from tools import SERVERS, Running, check_account, nth_request, parse_metrics, process, running
 
 import mailroom
 

@@ -12,8 +12,9 @@ import homes
 import pytest
 from homes import EmbeddedHome, add_contact, embedded_home, once, run, snapshot
 from jmap_server import FOREVER, JSON, Fault, Write
+from ports import free_port
 from radicale_server import RadicaleServer
-from tools import Ran, command, free_port, settings_for
+from tools import Ran, command, settings_for
 
 import mailroom
 from mailroom import contact_uid

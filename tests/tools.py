@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -393,12 +392,6 @@ def command(*arguments: str, **settings: object) -> Ran:
         log.handlers[:], log.propagate = before[:2]
         log.setLevel(before[2])
     return Ran(status, out.getvalue(), err.getvalue())
-
-
-def free_port() -> int:
-    """A port on loopback that no one listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def nth_request(server: JMAPServer, nth: int, do: Callable[[], Any], kinds: str = "api") -> None:
