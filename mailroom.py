@@ -1372,6 +1372,11 @@ class JMAPClient:
             answers += [[next(flat) for _ in group] for group in batch]
         return answers
 
+    def call(self, method: str, arguments: JSON) -> JSON:
+        """The answer to a single call. Raises MethodError, ServerError."""
+        [[answer]] = self.send([[(method, arguments)]])
+        return expect(answer)
+
     def upload(self, capability: str, content: bytes, media_type: str) -> str:
         """The id of a new blob (RFC 8620 section 6.1) in the account for a capability."""
         url = expand(self._urls["uploadUrl"], {"accountId": self.account(capability)["id"]})
@@ -1427,6 +1432,11 @@ class JMAPClient:
         replies = self.send([[call] for call in first] + pages)
         answers = [expect(replies.pop(0)[0]) for _ in first]
         return answers, [self._all_pages(query, [replies.pop(0)]) for query in queries]
+
+    def find(self, query: Query) -> list[Any]:
+        """The values of all that a query finds. Raises MethodError, ServerError."""
+        _, [found] = self.fetch([query])
+        return expect(found)
 
     def _all_pages(self, query: Query, replies: list[list[Answer]]) -> Found:
         """The values of this page and all further ones. A page that is read is let go: thousands of
@@ -1594,9 +1604,9 @@ class JMAPContacts:
             raise ConfigurationError(NO_CONTACTS)
         if self._client.account(CONTACTS).get("isReadOnly"):
             raise ConfigurationError("the token may not write contacts: it needs that scope")
-        [[answer]] = self._client.send([[("AddressBook/get", {"ids": None})]])
+        answer = self._client.call("AddressBook/get", {"ids": None})
         with understood("AddressBook/get"):
-            books = sorted(expect(answer)["list"], key=lambda book: not book.get("isDefault"))
+            books = sorted(answer["list"], key=lambda book: not book.get("isDefault"))
             if not books:
                 raise ConfigurationError("the account has no address book")
             self._address_book = str(books[0]["id"])
@@ -1639,8 +1649,7 @@ class JMAPContacts:
             for verb, key, value in portion.values():
                 arguments[verb][key] = value
             arguments["destroy"] = list(arguments["destroy"])
-            [[answer]] = self._client.send([[("ContactCard/set", arguments)]])
-            done = expect(answer)
+            done = self._client.call("ContactCard/set", arguments)
             self._state = str(done.get("newState"))
             errors = set_errors(done)
             for uid, (_, key, _) in portion.items():
@@ -3955,8 +3964,7 @@ class Setup:
     def read(self) -> None:
         """Read what may be missing; the mailboxes even where there is no access to contacts."""
         if self.problems:
-            _, [mailboxes] = self._client.fetch([MAILBOXES])
-            self.ids = ids_by_name(expect(mailboxes))
+            self.ids = ids_by_name(self._client.find(MAILBOXES))
         else:
             self.ids, self.cards = read_account(self._client, self._contacts)
         check_inbox(self.ids)
@@ -4004,7 +4012,7 @@ class Setup:
         """Write the rules for Fastmail's import; what to do with them. Raises ConfigurationError,
         ServerError."""
         tree = Query("Mailbox", None, ("id", "name", "parentId"), lambda raw: raw)
-        found = expect(self._client.fetch([tree])[1][0])
+        found = self._client.find(tree)
         with understood("Mailbox/get"):
             paths = mailbox_paths(found)
         named = {name: paths.get(id_, name) for name, id_ in self.ids.items()}
@@ -4032,8 +4040,7 @@ class Setup:
             raise ConfigurationError(NO_SIEVE)
         self.read()
         script = self.sieve_script().replace("\n", "\r\n").encode()
-        [[answer]] = self._client.send([[("SieveScript/get", {"ids": None})]])
-        there, own = expect(answer), None
+        there, own = self._client.call("SieveScript/get", {"ids": None}), None
         with understood("SieveScript/get"):
             for each in there["list"]:
                 if not (each["isActive"] or each["name"] == SIEVE_NAME):
@@ -4186,7 +4193,7 @@ class Reset:
         check_complete(lacking(needed_mailboxes(self._settings)[:1], ids))  # the Screener
         own = {*boxes.managed, *boxes.labels, boxes.error, boxes.warning} - {boxes.screener, ""}
         query = Query("Email", in_any(own), MAIL_PROPERTIES, parse_mail)
-        mails = expect(self._client.fetch([query])[1][0]) if own else []
+        mails = self._client.find(query) if own else []
         rules = rules_of(self._settings)
         made = [card for card in cards if was_made(card) and (rules.is_own(card) or card.emails)]
         untouched = self._contacts.untouched(made)
@@ -4237,8 +4244,8 @@ class Reset:
         refused: dict[str, str] = {}
         done = 0
         for portion in self._client.portions(patches):
-            [[answer]] = self._client.send([[("Email/set", {"update": portion})]])
-            refused |= mails_refused(set_errors(expect(answer)))
+            answer = self._client.call("Email/set", {"update": portion})
+            refused |= mails_refused(set_errors(answer))
             done += len(portion)
             self._console.progress(done, len(patches), "mails")
         return refused
