@@ -1973,9 +1973,10 @@ def vcard_is_untouched(text: str) -> bool:
 
 DAV, CARD = "{DAV:}", "{urn:ietf:params:xml:ns:carddav}"
 DAV_TYPE = "application/xml; charset=utf-8"
-# What a card is known by, and what the rules ask of it.
+# The properties by which a card is known, and those that the rules ask of it.
 KNOWN_BY = ("UID", "EMAIL", "KIND", APPLE_KIND)
 JUDGED_BY = (*KNOWN_BY, "FN", "N", "ORG", "NOTE", "MEMBER", APPLE_MEMBER)
+# The search key of every group.
 ANY_GROUP = "group"
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
 # What a PUT that has written is answered with. A 200 may be: but so are pages of a proxy.
