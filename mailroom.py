@@ -2065,7 +2065,7 @@ def dav_properties(url: str, body: bytes) -> Iterator[tuple[str, DAVProperties]]
             if " 200 " in propstat.findtext(f"{DAV}status", "") + " ":
                 properties |= {each.tag: each for each in propstat.findall(f"{DAV}prop/*")}
         yield href, properties
-        response.clear()
+        root.remove(response)
     for token in root.findall(f"{DAV}sync-token"):
         yield url, {token.tag: token}
 
