@@ -434,33 +434,31 @@ def test_one_cycle_that_is_interrupted_has_stopped_as_asked(home: EmbeddedHome) 
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "path"),
     [
-        ([], "mailroom.py"),
-        (["-I"], "mailroom.py"),
-        (["-X", "dev"], "mailroom.py"),
-        (["--"], "mailroom.py"),
-        (["-m", "pdb", "-c", "continue"], "mailroom.py"),
-        ([], "renamed.py"),
-        ([], "link.py"),
+        ([], "place/mailroom.py"),
+        ([], "pl:ace/mailroom.py"),
+        (["-I"], "place/mailroom.py"),
+        (["-X", "dev"], "place/mailroom.py"),
+        (["--"], "place/mailroom.py"),
+        (["-m", "pdb", "-c", "continue"], "place/mailroom.py"),
+        ([], "place/renamed.py"),
+        ([], "place/link.py"),
     ],
 )
 def test_it_is_the_given_file_that_runs_wherever_it_is_started(
-    options: list[str], name: str, tmp_path: Path
+    options: list[str], path: str, tmp_path: Path
 ) -> None:
-    here, elsewhere = tmp_path / "here", tmp_path / "else:where"
-    here.mkdir()
-    elsewhere.mkdir()
-    for decoy in ("json.py", "mailroom.py"):
-        (here / decoy).write_text("raise SystemExit('the wrong file')")
+    here, file = tmp_path / "here", tmp_path / path
+    for directory in (here, file.parent):
+        directory.mkdir()
+    for decoy in (here / "json.py", here / "mailroom.py", file.with_name("mailroom.py")):
+        decoy.write_text("raise SystemExit('the wrong file')")
     text = PROGRAM.read_text().replace('VERSION = "1.0"', 'VERSION = "its own"')
-    (elsewhere / "mailroom.py").write_text(text)
-    (elsewhere / "renamed.py").write_text(text)
-    (elsewhere / "link.py").symlink_to("mailroom.py")
-    place = elsewhere
-    if name == "mailroom.py" and not options:  # one whose path can be a module's
-        place = elsewhere.rename(tmp_path / "elsewhere")
-    command = [sys.executable, *options, str(place / name), "--version"]
+    if "link" in path:
+        file.symlink_to("target.py")
+    file.resolve().write_text(text)
+    command = [sys.executable, *options, str(file), "--version"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60)
     assert "Mailroom its own" in done.stdout, done.stderr
 

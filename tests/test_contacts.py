@@ -999,6 +999,10 @@ def test_which_cards_are_of_version_4_is_asked_when_others_have_written(
     assert asks() == is_cyrus(book)
     book.remove(feed)
     assert not asks()
+    book.remove(bob)
+    assert edit(book, contact_uid("new@x.example"), "new@x.example", note=("two",)) == {}
+    book.contacts.prepare()  # now nothing is known, not even of what was written here
+    assert asks() == is_cyrus(book)
 
 
 @DAV_STYLES
