@@ -1093,6 +1093,19 @@ def test_of_contacts_that_were_written_nothing_is_kept(dav: DAVBook) -> None:
     assert not dav.contacts._vcards
 
 
+@pytest.mark.parametrize("status", [201, 412])
+@responses.activate
+def test_what_was_refused_was_not_written_here(status: int) -> None:
+    """The ETag in a refusal is that of somebody else's card."""
+    url = "https://dav.example/book/"
+    responses.add("PROPFIND", url, MULTISTATUS.format(ADDRESS_BOOK), status=207)
+    responses.add("PUT", re.compile(".*"), status=status, headers={"ETag": '"theirs"'})
+    store = CardDAVContacts(url, credentials("p", "u"), bool)
+    store.prepare()
+    assert bool(store.apply([new_contact(BOB, "Bob")])) == (status == 412)
+    assert [*store._written.values()] == (['"theirs"'] if status == 201 else [])
+
+
 @pytest.mark.parametrize("etag", ["", 'W/"1"'], ids=["none", "weak"])
 def test_a_card_that_the_server_made_something_else_of_is_looked_at(
     dav: DAVBook, wire: Fate, etag: str
