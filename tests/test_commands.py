@@ -463,12 +463,14 @@ def test_it_is_the_given_file_that_runs_wherever_it_is_started(
     assert "Mailroom its own" in done.stdout, done.stderr
 
 
-def test_the_script_runs_as_a_module(tmp_path: Path) -> None:
-    """As a script it would take 10 MB more."""
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["plain", "with an option"])
+def test_the_script_runs_as_a_module(options: list[str], tmp_path: Path) -> None:
+    """As a script it would take 10 MB more. What else Python is told is not lost for it."""
     with (
         JMAPServer.with_mailroom_account() as server,
-        process(server, tmp_path / "log", str(PROGRAM), "run") as started,
+        process(server, tmp_path / "log", *options, str(PROGRAM), "run") as started,
     ):
         server.wait_for(lambda: server.requests)
-        words = Path(f"/proc/{started.pid}/cmdline").read_bytes().split(b"\0")
-    assert words[-4:-1] == [b"-m", b"mailroom", b"run"]
+        words = Path(f"/proc/{started.pid}/cmdline").read_bytes().decode().split("\0")
+    told = [*options, str(PROGRAM)] if options else ["-P", "-m", "mailroom"]
+    assert words[1:-1] == [*told, "run"]
