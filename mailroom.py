@@ -13,8 +13,8 @@ The labels are the queue, the mails and contact groups are the state; nothing is
     poll timer (fallback, and a safety net while push is up) ----------+
 
 A cycle reads the mailbox as it is, decides with pure functions (`plan_sender`) and then writes in
-an order in which stopping anywhere loses nothing (`Triage.carry_out`): contacts, mails, and last
-the label. Whatever was missed or failed, the next cycle sees.
+an order in which stopping anywhere loses nothing (`STEPS`): contacts, mails, and last the label.
+Whatever was missed or failed, the next cycle sees.
 
 Read this file from top to bottom: settings, logs, the triage rules, HTTP, JMAP, contacts, push, the
 account, the cycle, the service, and then what is done beside it: rules for mail to come, setup,
@@ -612,10 +612,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class SenderPlan:
-    """All that a cycle does for one sender, in this order: write the contact and join the groups,
-    leave other groups, re-file the mails, take the labels off. `leaving` are the uids that leave:
-    the contact's, and when triage is taken back those of all that the sender has. The patches go
-    by mail id."""
+    """All that a cycle does for one sender (see `STEPS`): what becomes of the contact, the groups
+    to join and those to leave, the patches that re-file the mails and those that then take the
+    labels off, each {mail id: patch}. `leaving` are the uids that leave: the contact's, and when
+    triage is taken back those of all that the sender has."""
 
     sender: str
     category: Category
@@ -627,16 +627,12 @@ class SenderPlan:
     finish: Mapping[str, MailPatch]
     name_differs: bool
 
-    def to_leave(self, refused: Collection[str]) -> tuple[Card, ...]:
-        """The groups to leave, given the uids of the cards whose change was refused: none before
-        all others are joined."""
-        before = [self.contact.uid, *(group.uid for group in self.join)]
-        return () if any(uid in refused for uid in before) else self.leave
 
-    def to_destroy(self, refused: Collection[str]) -> tuple[CardChange, ...]:
-        """The contact if it is to go, which it does once it has left all groups."""
-        stays = not self.contact.destroy or any(group.uid in refused for group in self.leave)
-        return () if stays else (self.contact,)
+class Writes(NamedTuple):
+    """What a step of carrying out plans writes: changes of cards, and patches by mail id."""
+
+    cards: Sequence[CardChange] = ()
+    mails: Mapping[str, MailPatch] = {}
 
 
 def mail_patch(mail: Mail, add: Iterable[str], remove: Iterable[str]) -> MailPatch:
@@ -937,6 +933,55 @@ def plan_sender(
     differs = warns and name_differs(contact.card, display_name)
     refile, finish = plan_mails(mails, family, boxes, differs)
     return SenderPlan(sender, category, contact, join, leave, leaving, refile, finish, differs)
+
+
+def to_join(plans: Iterable[SenderPlan]) -> Writes:
+    """Write the contacts and join the groups."""
+    joins = by_group((group, plan.contact.uid) for plan in plans for group in plan.join)
+    contacts = [plan.contact for plan in plans if not plan.contact.destroy]
+    return Writes([*contacts, *(CardChange(group.uid, group, add=uids) for group, uids in joins)])
+
+
+def to_refile(plans: Iterable[SenderPlan]) -> Writes:
+    """Leave other groups and re-file the mails: neither needs the other, so one request does it."""
+    leaves = by_group(
+        (group, uid)
+        for plan in plans
+        for group in plan.leave
+        for uid in plan.leaving & group.members
+    )
+    patches = {id_: patch for plan in plans for id_, patch in plan.refile.items()}
+    return Writes([CardChange(group.uid, group, remove=uids) for group, uids in leaves], patches)
+
+
+def to_destroy(plans: Iterable[SenderPlan]) -> Writes:
+    """Delete the contacts that are to go: their uids have left the groups by now."""
+    return Writes([plan.contact for plan in plans if plan.contact.destroy])
+
+
+def to_finish(plans: Iterable[SenderPlan]) -> Writes:
+    """Take the labels off."""
+    return Writes(mails={id_: patch for plan in plans for id_, patch in plan.finish.items()})
+
+
+# The order in which stopping anywhere leaves a sender in too many groups, but never in none, and a
+# mail in too many mailboxes, but never without its label. A sender for whom a step fails is left
+# out of the next ones.
+STEPS = (to_join, to_refile, to_destroy, to_finish)
+
+
+def failures(
+    plans: Iterable[SenderPlan], cards: Mapping[str, str], mails: Mapping[str, str]
+) -> dict[str, str]:
+    """{sender: why it failed}, given why cards (by uid) and mails (by id) were refused."""
+    failed = {}
+    for plan in plans:
+        uids = [plan.contact.uid, *(group.uid for group in plan.join + plan.leave)]
+        reasons = [f"contact card {uid}: {cards[uid]}" for uid in uids if uid in cards]
+        reasons += [f"mail {id_}: {mails[id_]}" for id_ in plan.refile if id_ in mails]
+        if reasons:
+            failed[plan.sender] = reasons[0]
+    return failed
 
 
 def first_of_each_contact(plans: Iterable[SenderPlan]) -> dict[str, SenderPlan]:
@@ -1637,19 +1682,20 @@ class JMAPContacts:
         self._search.learn([card for card in cards if card.is_group])
         return cards
 
-    def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
+    def calls(self, changes: Collection[CardChange]) -> list[Call]:
+        """What may be sent along with another request before the changes are applied."""
+        return [self._set(portion) for portion in islice(self._portions(changes), 1)]
+
+    def apply(
+        self, changes: Collection[CardChange], answers: Sequence[JSON] = ()
+    ) -> dict[str, str]:
         """Carry out the changes; {uid: why it was refused}. It takes one ContactCard/set for as
-        much as the limits allow, under `ifInState`: when anyone else has written since the cards
-        were read, nothing is done (RFC 8620 section 5.3). Who could not be made is taken out of the
-        groups again. Raises ServerError."""
+        much as the limits allow. `answers`: to the calls that were sent already. Who could not be
+        made is taken out of the groups again. Raises ServerError."""
         refused: dict[str, str] = {}
-        entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
-        for portion in self._client.portions(entries):
-            arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}, "destroy": {}}
-            for verb, key, value in portion.values():
-                arguments[verb][key] = value
-            arguments["destroy"] = list(arguments["destroy"])
-            done = self._client.call("ContactCard/set", arguments)
+        sent = [*answers]
+        for portion in self._portions(changes):
+            done = sent.pop() if sent else self._client.call(*self._set(portion))
             self._state = str(done.get("newState"))
             errors = set_errors(done)
             for uid, (_, key, _) in portion.items():
@@ -1663,6 +1709,19 @@ class JMAPContacts:
             if change.add & not_made
         ]
         return refused | (self.apply(out) if out else {})
+
+    def _portions(self, changes: Iterable[CardChange]) -> Iterator[JSON]:
+        """{uid: its entry} of as many changes as fit a ContactCard/set."""
+        entries = {change.uid: self._entry(change) for change in changes}
+        return self._client.portions({uid: entry for uid, entry in entries.items() if entry[2]})
+
+    def _set(self, portion: Mapping[str, tuple[str, str, JSON]]) -> Call:
+        """The ContactCard/set for some entries. When anyone else has written since the cards were
+        read, nothing is done (RFC 8620 section 5.3)."""
+        arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}, "destroy": {}}
+        for verb, key, value in portion.values():
+            arguments[verb][key] = value
+        return "ContactCard/set", {**arguments, "destroy": list(arguments["destroy"])}
 
     def _entry(self, change: CardChange) -> tuple[str, str, JSON]:
         if change.card and change.destroy:
@@ -2234,7 +2293,13 @@ class CardDAVContacts:
                 if vcard := read[href]:
                     self._vcards[href] = vcard._replace(etag="") if properties else vcard
 
-    def apply(self, changes: Collection[CardChange]) -> dict[str, str]:
+    def calls(self, changes: Collection[CardChange]) -> list[Call]:
+        """Nothing: the JMAP server has no part in it."""
+        return []
+
+    def apply(
+        self, changes: Collection[CardChange], answers: Sequence[JSON] = ()
+    ) -> dict[str, str]:
         """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
         not be made joins no group. Raises ServerError."""
         refused: dict[str, str] = {}
@@ -2973,7 +3038,7 @@ class Triage:
     ) -> dict[str, str]:
         """Put the error label on the unusable mails and take it off others; {sender: why it
         failed}."""
-        refused = self._update_mails(patches)
+        refused, _ = self._update_mails(patches)
         for mail in mails:
             if mail.id in unusable and patches[mail.id] and mail.id not in refused:
                 marked = fields(mail=mail.id, reason=unusable[mail.id])
@@ -3101,16 +3166,13 @@ class Triage:
         return mails
 
     def carry_out(self, plans: Collection[SenderPlan]) -> dict[str, str]:
-        """Carry out the plans in the order that loses nothing; {sender: why it failed}. A sender
-        for whom a step fails is left out of the next ones, so that the label stays on."""
-        failed = self._write_contacts(plans)
-        for step in ("refile", "finish"):
+        """Carry out the plans, step by step; {sender: why it failed}."""
+        failed: dict[str, str] = {}
+        for step in STEPS:
             going = [plan for plan in plans if plan.sender not in failed]
-            patches = {id_: patch for plan in going for id_, patch in getattr(plan, step).items()}
-            refused = self._update_mails(patches)
-            for plan in going:
-                for id_ in refused.keys() & getattr(plan, step).keys():
-                    failed[plan.sender] = f"mail {id_}: {refused[id_]}"
+            changes, patches = step(going)
+            mails_refused, answers = self._update_mails(patches, self._contacts.calls(changes))
+            failed |= failures(going, self._contacts.apply(changes, answers), mails_refused)
         for plan in plans:
             if plan.sender not in failed:
                 self._note_triaged(plan)
@@ -3140,48 +3202,23 @@ class Triage:
                 ),
             )
 
-    def _write_contacts(self, plans: Collection[SenderPlan]) -> dict[str, str]:
-        """Write the contacts and join the groups, and only then leave others: a failure on the way
-        leaves a sender in too many groups, never in none. A contact that is to go does so last, or
-        its uid would stay behind in groups. {sender: why it failed}"""
-        joins = [(group, plan.contact.uid) for plan in plans for group in plan.join]
-        refused = self._contacts.apply(
-            [
-                *(plan.contact for plan in plans if not plan.contact.destroy),
-                *(CardChange(group.uid, group, add=uids) for group, uids in by_group(joins)),
-            ]
-        )
-        leaves = [
-            (group, uid)
-            for plan in plans
-            for group in plan.to_leave(refused)
-            for uid in plan.leaving & group.members
-        ]
-        refused |= self._contacts.apply(
-            [CardChange(group.uid, group, remove=uids) for group, uids in by_group(leaves)]
-        )
-        refused |= self._contacts.apply(
-            [change for plan in plans for change in plan.to_destroy(refused)]
-        )
-        return {
-            plan.sender: f"contact card {card}: {refused[card]}"
-            for plan in plans
-            for card in [plan.contact.uid, *(group.uid for group in plan.join + plan.leave)]
-            if card in refused
-        }
-
-    def _update_mails(self, patches: Mapping[str, MailPatch]) -> dict[str, str]:
-        """Email/set in as many requests as the limits force; {mail id: why it was refused}. Each
+    def _update_mails(
+        self, patches: Mapping[str, MailPatch], along: Sequence[Call] = ()
+    ) -> tuple[dict[str, str], list[JSON]]:
+        """Email/set in as many requests as the limits force: {mail id: why it was refused}. Each
         request looks at the labels again when it has written: what came in between must not be
-        taken for old news."""
+        taken for old news. The first takes other calls along, before its own, and brings their
+        answers."""
         refused: dict[str, str] = {}
+        answers: list[JSON] = []
         look = self._labelled()._replace(properties=("id", "mailboxIds"))
         changes = {id_: patch for id_, patch in patches.items() if patch}
         for portion in self._client.portions(changes):
             write: Call = ("Email/set", {"update": portion})
-            (done, mailbox, email), [mailboxes, found] = self._client.fetch(
-                [self._mailboxes, look], [write, MAILBOX_STATE, EMAIL_STATE]
+            (*others, done, mailbox, email), [mailboxes, found] = self._client.fetch(
+                [self._mailboxes, look], [*along, write, MAILBOX_STATE, EMAIL_STATE]
             )
+            answers, along = answers + others, ()
             now = ids_by_name(expect(mailboxes)), self._labels(expect(found))
             errors = set_errors(done)
             refused |= mails_refused(errors)
@@ -3192,7 +3229,7 @@ class Triage:
             self._seen.saw("Email", email.get("state"))
             if now != (self._ids, self._labels(self._queue.values())):
                 self._seen.forget()
-        return refused
+        return refused, answers
 
     def _labelled(self) -> Query:
         return Query("Email", in_any(self._boxes.queue), MAIL_PROPERTIES, parse_mail)

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,8 @@ from books import CATEGORIES, GROUPS, radicale_book
 from gevent.event import Event
 from jmap_server import LIMITS, JMAPServer, Options
 from radicale_server import RadicaleServer
+
+from mailroom import MANY_MEMBERS
 
 
 class Scale(NamedTuple):
@@ -94,21 +97,32 @@ def forced_chunks(mails: int) -> int:
     return pages + portions - 2
 
 
+def requests_of_tap(
+    desk: Desk, store: str, what: str, most: int, mails: list[str], label: str = "@ToFeed",
+    senders: int = 1, groups: int = 2,
+) -> Figures:  # fmt: skip
+    """What the cycle after a tap asks. Groups are touched when they are looked at: a new sender
+    joins Feed and Mailroom, a triaged one leaves Feed for Jail."""
+    work = desk.tap(mails, label)
+    yield Figure("count", "requests", f"{store}, {what}", work.mail, most)
+    if work.contacts:
+        most = 2 * senders + 2 * groups
+        yield Figure("count", "requests", f"{store} contacts, {what}", work.contacts, most)
+
+
+def requests_for_users_contact(desk: Desk, store: str) -> Figures:
+    """What is asked for a sender whom the user had as a contact before, at the first tap and when
+    Mailroom no longer remembers that."""
+    figures, mails = partial(requests_of_tap, desk, store), desk.known_sender()
+    yield from figures("a contact of the user's", 6, mails, groups=1)
+    yield from figures("re-triage of that contact", 6, mails, "@ToJail")
+    desk.restart()
+    yield from figures("its re-triage after a start", 6, mails)
+
+
 def requests_per_cycle(desk: Desk, store: str, mails_of_sender: int) -> Figures:
-    """What a cycle asks, by kind of work. `store`: where the contacts are. Groups are touched when
-    they are looked at: a new sender joins Feed and Mailroom, a triaged one leaves Feed for Jail."""
-
-    def figures(
-        what: str, most: int, mails: list[str], label: str = "@ToFeed", senders: int = 1,
-        groups: int = 2,
-    ) -> Figures:  # fmt: skip
-        work = desk.tap(mails, label)
-        yield Figure("count", "requests", f"{store}, {what}", work.mail, most)
-        if work.contacts:
-            most = 2 * senders + 2 * groups
-            what = f"{store} contacts, {what}"
-            yield Figure("count", "requests", what, work.contacts, most)
-
+    """What a cycle asks, by kind of work. `store`: where the contacts are."""
+    figures = partial(requests_of_tap, desk, store)
     yield Figure("count", "requests", f"{store}, idle", sum(desk.cycle()[:2]), 1)
     for what, senders, mails, most in (
         ("one new sender", 1, 1, 5),
@@ -123,7 +137,7 @@ def requests_per_cycle(desk: Desk, store: str, mails_of_sender: int) -> Figures:
         yield from figures("the same label, the next day", 6, tapped, "@ToJail", groups=1)
     desk.restart()
     yield from figures("re-triage, the first after a start", 6, tapped, "@ToFeed")
-    yield from figures("a contact of the user's", 6, desk.known_sender(), groups=1)
+    yield from requests_for_users_contact(desk, store)
     most = 6 + forced_chunks(mails_of_sender)
     tapped = desk.new_senders(1, mails_of_sender)
     yield from figures(f"a sender with {mails_of_sender:,} mails", most, tapped)
@@ -132,6 +146,9 @@ def requests_per_cycle(desk: Desk, store: str, mails_of_sender: int) -> Figures:
 def all_requests(scale: Scale) -> Figures:
     with JMAPServer.with_mailroom_account(Options.fastmail()) as server:
         yield from requests_per_cycle(jmap_desk(server), "JMAP", scale.mails_of_sender)
+    with JMAPServer.with_mailroom_account(Options.fastmail()) as server:
+        add_triaged(server, MANY_MEMBERS + 1)
+        yield from requests_for_users_contact(jmap_desk(server), "JMAP, large groups")
     with quick_radicale() as radicale, carddav_desk(radicale, 0) as desk:
         yield from requests_per_cycle(desk, "CardDAV", scale.mails_of_sender)
 

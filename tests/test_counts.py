@@ -46,14 +46,14 @@ def test_requests_of_a_cycle(manner: str) -> None:
         figures = list(requests_per_cycle(jmap_desk(server), manner, SMALL.mails_of_sender))
     more = 1 if manner == "cyrus" else 0
     assert [figure.row for figure in figures if figure.value > figure.limit + more] == []
-    assert len(figures) == 10
+    assert len(figures) == 12
 
 
 def test_requests_of_a_cycle_over_carddav() -> None:
     with quick_radicale() as radicale, bench.carddav_desk(radicale, 0) as desk:
         figures = list(requests_per_cycle(desk, "CardDAV", SMALL.mails_of_sender))
     held(figures)
-    assert len(figures) == 19
+    assert len(figures) == 23
 
 
 def test_a_tap_over_carddav_costs_the_same_in_any_address_book() -> None:

@@ -32,7 +32,7 @@ SABOTAGES = {
     "sys.exit(0)": "mailroom has ended with status 0",
     "mailroom.Triage.plan = lambda *_: []": "for the mails to be filed; missing: Screener -> Feed",
     "mailroom.Rules.family = lambda _, category: [category]": "missing: Person -> Imbox, Person",
-    "mailroom.Triage._write_contacts = lambda *_: {}": "has 0 contacts in []",
+    "mailroom.JMAPContacts.apply = lambda *_: {}": "has 0 contacts in []",
 }
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import mailroom
 from mailroom import (
     CREATED_NOTE,
+    STEPS,
     Boxes,
     Card,
     CardChange,
@@ -25,6 +26,7 @@ from mailroom import (
     clean_note,
     contact_uid,
     error_patches,
+    failures,
     find_contact,
     full_name,
     group_uid,
@@ -622,15 +624,35 @@ def test_no_warning_where_warnings_are_off(warning: str, differs: bool) -> None:
     assert ("mailboxIds/@Warning" in plan.refile["1"]) == differs
 
 
+def test_groups_are_left_and_mails_filed_only_after_all_groups_are_joined() -> None:
+    cards = [contact("c"), *groups(Jail=["c"])]
+    plan = plan_sender(BOB, FEED, [mail("1", "@ToFeed", "Jail")], cards, RULES, BOXES)
+    writes = [step([plan]) for step in STEPS]
+    changed = [
+        [(change.uid, *change.add, *change.remove) for change in step.cards] for step in writes
+    ]
+    assert changed == [[("c",), ("g-Feed", "c")], [("g-Jail", "c")], [], []]
+    assert [step.mails for step in writes] == [{}, plan.refile, {}, plan.finish]
+
+
 @pytest.mark.parametrize(
-    ("refused", "left"), [((), ["Jail"]), (("c",), []), (("g-Feed",), []), (("g-Jail",), ["Jail"])]
+    ("cards_refused", "mails_refused", "why"),
+    [
+        ({}, {}, None),
+        ({"another": "full"}, {"9": "full"}, None),
+        ({"c": "full"}, {}, "contact card c: full"),
+        ({"g-Feed": "full"}, {}, "contact card g-Feed: full"),
+        ({"g-Jail": "full"}, {}, "contact card g-Jail: full"),
+        ({}, {"2": "full"}, "mail 2: full"),
+    ],
 )
-def test_groups_are_left_only_after_all_are_joined(
-    refused: tuple[str, ...], left: list[str]
+def test_a_sender_has_failed_when_anything_of_its_plan_was_refused(
+    cards_refused: dict[str, str], mails_refused: dict[str, str], why: str | None
 ) -> None:
     cards = [contact("c"), *groups(Jail=["c"])]
-    plan = plan_sender(BOB, FEED, [mail("1", "@ToFeed")], cards, RULES, BOXES)
-    assert names(plan.to_leave(refused)) == left
+    mails = [mail("1", "@ToFeed"), mail("2", "Screener")]
+    plan = plan_sender(BOB, FEED, mails, cards, RULES, BOXES)
+    assert failures([plan], cards_refused, mails_refused) == ({BOB: why} if why else {})
 
 
 def patched(mails: Collection[Mail], patches: Mapping[str, MailPatch]) -> list[Mail]:
