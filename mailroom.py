@@ -2567,20 +2567,21 @@ def check_stream(response: requests.Response) -> None:
 
 
 class EventStream:
-    """One connection after another to an event source, and what outlasts each of them. `on_open` is
-    called for each that is made, `on_state` with the data of each `state` event."""
+    """One connection after another to an event source, and what outlasts each of them. `url` tells
+    where it is by now, `on_open` is called for each connection that is made, `on_state` with the
+    data of each `state` event."""
 
     def __init__(
         self,
         http: HTTPClient,
-        url: str,
+        url: Callable[[], str],
         status: StreamStatus,
         log: Any,
         on_open: Callable[[], object],
         on_state: Callable[[str], object],
     ) -> None:
         self._http = http
-        self._url = expand_event_source_url(url)
+        self._url = url
         self._status = status
         self._log = log
         self._on_open = on_open
@@ -2633,7 +2634,8 @@ class EventStream:
         if self._last_event_id:
             headers["Last-Event-ID"] = self._last_event_id
         with gevent.Timeout(ANSWER_TIMEOUT, StreamEnd(f"no answer in {ANSWER_TIMEOUT:g} seconds")):
-            response = self._http.open("GET", self._url, headers, read_timeout=None)
+            url = expand_event_source_url(self._url())
+            response = self._http.open("GET", url, headers, read_timeout=None)
         try:
             check_stream(response)
         except StreamEnd:
@@ -2700,13 +2702,15 @@ def sse_listener(
     log: Any = None,
     *,
     username: str = "",
+    moved_to: Callable[[], str | None] = lambda: None,
     status: StreamStatus | None = None,
     on_open: Callable[[], object] = lambda: None,
     on_state: Callable[[str], object] = lambda data: None,
 ) -> None:
     """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
-    `event_queue` for each `state` event. `on_open` is called for each connection made, `on_state`
-    with each state event's data before it goes on the queue.
+    `event_queue` for each `state` event. `moved_to` tells where the event source is by now, if it
+    is known; `on_open` is called for each connection made, `on_state` with each state event's data
+    before it goes on the queue.
     """
 
     def signal_state(data: str) -> None:
@@ -2715,7 +2719,7 @@ def sse_listener(
 
     http = HTTPClient(credentials(token, username))
     given = (status or StreamStatus(), log or LOG, on_open, signal_state)
-    stream = EventStream(http, event_source_url, *given)
+    stream = EventStream(http, lambda: moved_to() or event_source_url, *given)
     # A blocked read is ended by killing its greenlet: closing the response would deadlock.
     stop = gevent.spawn(shutdown_event.wait)
     reader = gevent.spawn(outcome, lambda: stream.follow(shutdown_event))
@@ -3566,6 +3570,7 @@ class Service:
                 self.shutdown,
                 LOG,
                 username=self._settings.jmap_username,
+                moved_to=lambda: self._client.event_source_url,
                 status=self.health.stream,
                 on_open=self._connected,
                 on_state=self._seen.reported,

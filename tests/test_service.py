@@ -808,6 +808,16 @@ def test_an_event_source_that_comes_later_is_listened_to() -> None:
         server.wait_for(lambda: server.streams)
 
 
+def test_an_event_source_that_moves_is_listened_to() -> None:
+    with account() as server:
+        old = {"eventSourceUrl": server.origin + "/gone/"}
+        server.faults.append(Fault("session", times=FOREVER, edit=lambda new: {**new, **old}))
+        with started(server, poll_interval=0.1) as run:
+            server.wait_for(lambda: "HTTP 404" in run.output.getvalue())
+            server.faults[:] = [Fault("api", status=400)]
+            server.wait_for(lambda: server.streams)
+
+
 def test_a_cycle_has_a_deadline_wherever_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailroom, "CYCLE_DEADLINE", 0.3)
     with account() as server, started(server) as run:
