@@ -943,7 +943,7 @@ def to_join(plans: Iterable[SenderPlan]) -> Writes:
 
 
 def to_refile(plans: Iterable[SenderPlan]) -> Writes:
-    """Leave other groups and re-file the mails: neither needs the other, so one request does it."""
+    """Leave other groups and re-file the mails: neither needs the other."""
     leaves = by_group(
         (group, uid)
         for plan in plans
@@ -964,20 +964,24 @@ def to_finish(plans: Iterable[SenderPlan]) -> Writes:
     return Writes(mails={id_: patch for plan in plans for id_, patch in plan.finish.items()})
 
 
-# The order in which stopping anywhere leaves a sender in too many groups, but never in none, and a
-# mail in too many mailboxes, but never without its label. A sender for whom a step fails is left
-# out of the next ones.
+# In this order: stopping anywhere leaves a sender in too many groups, never in none (unless triage
+# is taken back), and the label on. A sender for whom a step fails is left out of the next ones.
 STEPS = (to_join, to_refile, to_destroy, to_finish)
 
 
 def failures(
-    plans: Iterable[SenderPlan], cards: Mapping[str, str], mails: Mapping[str, str]
+    plans: Iterable[SenderPlan], writes: Writes, cards: Mapping[str, str], mails: Mapping[str, str]
 ) -> dict[str, str]:
-    """{sender: why it failed}, given why cards (by uid) and mails (by id) were refused."""
+    """{sender: why it failed} in a step, given what that wrote for the plans and why cards (by uid)
+    and mails (by id) were refused. A group that takes no one in may still be left by others."""
     failed = {}
     for plan in plans:
-        uids = [plan.contact.uid, *(group.uid for group in plan.join + plan.leave)]
-        reasons = [f"contact card {uid}: {cards[uid]}" for uid in uids if uid in cards]
+        reasons = [
+            f"contact card {change.uid}: {cards[change.uid]}"
+            for change in writes.cards
+            if change.uid in cards
+            if plan.contact.uid in {change.uid, *change.add} or plan.leaving & change.remove
+        ]
         reasons += [f"mail {id_}: {mails[id_]}" for id_ in plan.refile if id_ in mails]
         if reasons:
             failed[plan.sender] = reasons[0]
@@ -1566,8 +1570,9 @@ class MemberSearch:
     def __init__(self, client: JMAPClient) -> None:
         self._client = client
         self._works = False
+        self._awaits_answer = False
         self._small: list[str] = []
-        # (ref, uid, whether it is in that group), as it was lately written here.
+        # (ref, uid, whether it is in that group), as it was lately written here or read since.
         self._written: deque[tuple[str, str, bool]] = deque(maxlen=1000)
 
     def learn(self, groups: Sequence[Card]) -> None:
@@ -1582,14 +1587,16 @@ class MemberSearch:
                 for uid, [answer] in zip(uids, answers, strict=True)
             ]
         self._works = bool(found) and all(found)
-        self._written.clear()
+        self._awaits_answer = False
+        members = {group.ref: group.members for group in groups}
+        self._written += [(ref, uid, uid in members.get(ref, ())) for ref, uid, _ in self._written]
         small = [group.ref for group in groups if group not in large]
         self._small = small[: self._client.limits["maxObjectsInGet"]]
 
     def questions(self, uids: Sequence[str]) -> list[Call]:
         """What to ask of these contacts, beside groups without members; nothing where the groups
         are to come with theirs."""
-        works, self._works = self._works, False  # until it has answered
+        works, self._works = self._works and not self._awaits_answer, False  # until it has answered
         if not (works and uids):
             return []
         small = {"ids": self._small, "properties": ["id", "members"]}
@@ -1622,9 +1629,14 @@ class MemberSearch:
         self._works = True
         return [replace(card, members=frozenset(members.get(card.ref, ()))) for card in cards]
 
+    def await_answer(self) -> None:
+        """What is written now is not known until it is noted."""
+        self._awaits_answer = True
+
     def note_written(self, changes: Iterable[CardChange], refused: Collection[str]) -> None:
         """Some changes were carried out. What was refused may be a group that has been emptied
         since: that takes no member by a path."""
+        self._awaits_answer = False
         self._works &= not refused
         self._written += [
             (change.card.ref, uid, uid in change.add)
@@ -1683,7 +1695,9 @@ class JMAPContacts:
         return cards
 
     def calls(self, changes: Collection[CardChange]) -> list[Call]:
-        """What may be sent along with another request before the changes are applied."""
+        """What may be sent along with another request just before the changes are applied: the
+        first ContactCard/set. Only its answer tells the state for a second one."""
+        self._search.await_answer()
         return [self._set(portion) for portion in islice(self._portions(changes), 1)]
 
     def apply(
@@ -1693,9 +1707,9 @@ class JMAPContacts:
         much as the limits allow. `answers`: to the calls that were sent already. Who could not be
         made is taken out of the groups again. Raises ServerError."""
         refused: dict[str, str] = {}
-        sent = [*answers]
+        sent = iter(answers)
         for portion in self._portions(changes):
-            done = sent.pop() if sent else self._client.call(*self._set(portion))
+            done = next(sent, None) or self._client.call(*self._set(portion))
             self._state = str(done.get("newState"))
             errors = set_errors(done)
             for uid, (_, key, _) in portion.items():
@@ -1712,8 +1726,8 @@ class JMAPContacts:
 
     def _portions(self, changes: Iterable[CardChange]) -> Iterator[JSON]:
         """{uid: its entry} of as many changes as fit a ContactCard/set."""
-        entries = {change.uid: self._entry(change) for change in changes}
-        return self._client.portions({uid: entry for uid, entry in entries.items() if entry[2]})
+        entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
+        return self._client.portions(entries)
 
     def _set(self, portion: Mapping[str, tuple[str, str, JSON]]) -> Call:
         """The ContactCard/set for some entries. When anyone else has written since the cards were
@@ -3174,9 +3188,11 @@ class Triage:
         failed: dict[str, str] = {}
         for step in STEPS:
             going = [plan for plan in plans if plan.sender not in failed]
-            changes, patches = step(going)
-            mails_refused, answers = self._update_mails(patches, self._contacts.calls(changes))
-            failed |= failures(going, self._contacts.apply(changes, answers), mails_refused)
+            writes = step(going)
+            calls = self._contacts.calls(writes.cards)
+            mails_refused, answers = self._update_mails(writes.mails, calls)
+            cards_refused = self._contacts.apply(writes.cards, answers)
+            failed |= failures(going, writes, cards_refused, mails_refused)
         for plan in plans:
             if plan.sender not in failed:
                 self._note_triaged(plan)
@@ -3211,8 +3227,8 @@ class Triage:
     ) -> tuple[dict[str, str], list[JSON]]:
         """Email/set in as many requests as the limits force: {mail id: why it was refused}. Each
         request looks at the labels again when it has written: what came in between must not be
-        taken for old news. The first takes other calls along, before its own, and brings their
-        answers."""
+        taken for old news. The first, if there is any, takes other calls along, before its own,
+        and brings their answers."""
         refused: dict[str, str] = {}
         answers: list[JSON] = []
         look = self._labelled()._replace(properties=("id", "mailboxIds"))

@@ -346,6 +346,23 @@ def test_a_join_that_is_refused_leaves_the_sender_where_it_was() -> None:
         assert scene.boxes(mails) == [{"Jail"}] * 2
 
 
+@every_server
+def test_a_group_that_takes_no_one_in_may_be_left(options: Make) -> None:
+    with Scene(options()) as scene:
+        bobs, eves = scene.new_sender(FROM_BOB, 2), scene.new_sender(FROM_EVE, 2)
+        scene.tap(bobs[0], "@ToFeed")
+        scene.cycle()
+        scene.tap(bobs[0], "@ToJail")
+        scene.tap(eves[0], "@ToFeed")
+        refuse = {scene.account.group_id("Feed"): {"type": "tooLarge"}}
+        scene.server.faults = [Fault("ContactCard/set", refuse=refuse)]
+        assert scene.cycle().keys() == {EVE}
+        assert scene.account.groups_of(BOB) == {"Jail", "Mailroom"}
+        assert scene.boxes(bobs) == [{"Jail"}] * 2
+        assert scene.cycle() == {}
+        assert scene.boxes(eves) == [{"Feed"}] * 2
+
+
 # --------------------------------------------------------------------------- what cannot be done
 
 
@@ -705,6 +722,63 @@ def test_a_search_for_members_that_lags_behind_is_noticed() -> None:
             scene.tap(scene.new_sender(FROM_BOB)[0], label)
             assert scene.cycle() == {}
             assert scene.account.groups_of(BOB) == {group, "Mailroom"}
+
+
+def with_late_members(scene: Scene) -> list[str]:
+    """Mails of a contact of the user's who is in Jail, in an account whose index of members lags
+    behind from now on."""
+    scene.account.add_contact(BOB, "Bob")
+    mails = scene.new_sender(FROM_BOB, 2)
+    scene.tap(mails[0], "@ToJail")
+    assert scene.cycle() == {}
+    scene.server.options.has_member = "late"
+    for card in scene.account.cards.values():
+        if card["kind"] == "group":
+            scene.account.indexed[card["id"]] = [*card["members"]]
+    return mails
+
+
+def test_what_was_written_is_known_though_what_went_along_failed() -> None:
+    """The undo leaves the group, and the search would still find Bob in it."""
+    with Scene(Options.fastmail(groups_in_use=True), takes_back=True) as scene:
+        mails = with_late_members(scene)
+        scene.tap(mails[0], "@ToScreener")
+        errors = {"Email/set": {"type": "serverUnavailable"}}
+        scene.server.faults = [Fault("Email/set", times=2, errors=errors)]
+        assert scene.cycle().keys() == {BOB}
+        assert scene.account.groups_of(BOB) == set()
+        scene.account.unlabel(mails[0], "@ToScreener")
+        scene.tap(mails[0], "@ToJail")
+        scene.heal()
+        assert scene.account.groups_of(BOB) == {"Jail"}
+
+
+def test_what_was_written_is_known_after_the_members_were_read() -> None:
+    with Scene(Options.fastmail(groups_in_use=True), takes_back=True) as scene:
+        mails = with_late_members(scene)
+        scene.tap(mails[0], "@ToScreener")
+        assert scene.cycle() == {}
+        scene.tap(scene.new_sender(FROM_EVE)[0], "@ToFeed")
+        scene.server.faults = [Fault("ContactCard/set", refuse={"*": {"type": "forbidden"}})]
+        assert scene.cycle().keys() == {EVE}
+        assert scene.cycle() == {}
+        scene.tap(mails[0], "@ToJail")
+        scene.heal()
+        assert scene.account.groups_of(BOB) == {"Jail"}
+
+
+def test_what_someone_else_has_written_since_is_learnt_once() -> None:
+    with Scene(Options.fastmail(groups_in_use=True)) as scene:
+        scene.tap(scene.new_sender(FROM_BOB)[0], "@ToFeed")
+        assert scene.cycle() == {}
+        feed = scene.account.cards[scene.account.group_id("Feed")]
+        scene.account.put_card({**feed, "members": {BYSTANDER: True}})
+        replies = seen_replies(scene)
+        for read in (True, False):
+            replies.clear()
+            scene.tap(scene.new_sender(FROM_BOB)[0], "@ToJail")
+            assert scene.cycle() == {}
+            assert (BYSTANDER in json.dumps(replies)) == read
 
 
 def test_members_are_read_when_the_search_for_them_fails() -> None:
