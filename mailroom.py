@@ -1876,6 +1876,8 @@ def pointer(token: str) -> str:
 PROPERTY = re.compile(r'(?:[\w-]+\.)?([\w-]+)((?:;(?:[^:;"]|"[^"]*")*)*):(.*)', re.DOTALL)
 APPLE_KIND, APPLE_MEMBER = "X-ADDRESSBOOKSERVER-KIND", "X-ADDRESSBOOKSERVER-MEMBER"
 MEMBERS = ("MEMBER", APPLE_MEMBER)
+# A value that is not the text itself; vCard 2.1 may say so without ENCODING.
+ENCODED = re.compile("ENCODING|QUOTED-PRINTABLE|BASE64", re.IGNORECASE)
 
 
 class Property(NamedTuple):
@@ -1938,10 +1940,9 @@ def vcard_card(href: str, text: str, created: str) -> Card | None:
         values[each.name].append(each)
     if not values["UID"]:
         return None
-    structured = (
-        part.replace(";", " ").strip()
-        for part in (each.text for each in values["N"] + values["ORG"])
-    )
+    parts = [[*each.text.split(";")[1:3], each.text.split(";")[0]] for each in values["N"]]
+    parts += [each.text.split(";") for each in values["ORG"]]
+    structured = (" ".join(filter(None, map(str.strip, each))) for each in parts)
     names = [*(each.text.strip() for each in values["FN"]), *structured]
     return Card(
         uid=canonical_uid(values["UID"][0].value),
@@ -2003,7 +2004,7 @@ def edit_vcard(text: str, change: CardChange) -> str:
             added += [f"NOTE:{note}"] if note else []
             edited += "".join(vcard_fold(new, eol) for new in added)
         leaves = each.name in MEMBERS and canonical_uid(each.value) in change.remove
-        is_note = each.name == "NOTE" and each.value and "ENCODING" not in each.parameters.upper()
+        is_note = each.name == "NOTE" and each.value and not ENCODED.search(each.parameters)
         if is_note and change.clean:
             edited += vcard_clean_note(line, eol)
         elif not leaves and not (change.name and each.name == "FN" and not named):

@@ -123,7 +123,9 @@ def test_a_value_is_unescaped_once_unfolded(value: str, text: str) -> None:
     ("lines", "expected"),
     [
         (["FN:Bob"], {"name": "Bob"}),
-        (["FN: ", "N:Smith;Bob;;;"], {"name": "Smith Bob"}),
+        (["FN: ", "N:Smith;Bob;;;"], {"name": "Bob Smith"}),
+        (["FN: ", "N:Smith;Bob;Q.;Dr.;"], {"name": "Bob Q. Smith"}),
+        (["FN: ", "N:Smith"], {"name": "Smith"}),
         (["N:;Bob;;;"], {"name": "Bob"}),
         (["FN:", "N:;;;;"], {"name": ""}),
         (["N:;;;;", r"ORG:Shop\, Inc.;"], {"name": "Shop, Inc."}),
@@ -187,6 +189,7 @@ CLEAN = CardChange("b", clean=True)
 APPLE, V4 = "X-ADDRESSBOOKSERVER-KIND:group", "KIND:group"
 A_MEMBER, MEMBER = "X-ADDRESSBOOKSERVER-MEMBER", "MEMBER"
 QP_NOTE = ["NOTE;ENCODING=QUOTED-PRINTABLE;CHARSET=UTF-8:caf=C3=A9=0D=0A=", "end"]
+QP_21, BASE64_21 = ["NOTE;quoted-printable:caf=E9=0D=0A=", "end"], "NOTE;BASE64:YQ=="
 
 EDITS: dict[str, tuple[CardChange, list[str], list[str]]] = {
     # what is done, to which lines, which become
@@ -234,6 +237,8 @@ EDITS: dict[str, tuple[CardChange, list[str], list[str]]] = {
         ["NOTE:a", f" \\n{TRIAGED}", "NOTE:b"],
     ),
     "note, quoted-printable": (NOTE, QP_NOTE, [*QP_NOTE, f"NOTE:{TRIAGED}"]),
+    "note, vCard 2.1": (NOTE, QP_21, [*QP_21, f"NOTE:{TRIAGED}"]),
+    "note, base64": (NOTE, [BASE64_21], [BASE64_21, f"NOTE:{TRIAGED}"]),
     "note of two lines": (
         replace(NOTE, note=("a,b", "c")),
         ["NOTE:x"],
