@@ -362,6 +362,9 @@ class MailroomSettings:
         if len({name.casefold() for name in reserved}) < len(reserved):
             shown = (f"MAILROOM_{name.upper()}={getattr(self, name)!r}" for name in own)
             yield f"{', '.join(shown)}: give each a name of its own"
+        for name, value in zip(own, reserved, strict=True):
+            if value.casefold() == "inbox":
+                yield f"MAILROOM_{name.upper()}={value!r}: give another, the Inbox is yours"
         reserved.append(self.provenance_group)
         self.triage_categories, problems = parse_categories(self.triage_categories)
         for problem in [*problems, *category_problems(self.triage_categories, reserved)]:

@@ -615,6 +615,14 @@ def test_renamed_mailboxes_are_as_reserved_as_the_usual_ones(name: str, key: str
     assert categories(entry(**{key: usual}), **{name: "Front Door"})
 
 
+@pytest.mark.parametrize(
+    "name", ["screener_mailbox", "label_mailroom_error", "label_mailroom_warning", "label_undo"]
+)
+def test_the_inbox_is_the_users(name: str) -> None:
+    """Mails are taken out of what is Mailroom's."""
+    assert_each_told(problems(jmap_token=TOKEN, **{name: "inbox"}), [(variable(name), "'inbox'")])
+
+
 def test_categories_come_from_json_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAILROOM_TRIAGE_CATEGORIES", json.dumps(["A", entry("B", parent="?")]))
     assert_each_told(
