@@ -782,8 +782,8 @@ def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[st
     groups: dict[str, Card] = {}
     uids: dict[str, set[str]] = defaultdict(set)
     for group, uid in pairs:
-        groups[group.uid] = group
-        uids[group.uid].add(uid)
+        groups[group.ref] = group
+        uids[group.ref].add(uid)
     return [(group, frozenset(uids[key])) for key, group in groups.items()]
 
 

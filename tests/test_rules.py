@@ -638,6 +638,15 @@ def test_groups_are_left_and_mails_filed_only_after_all_groups_are_joined() -> N
     assert [step.mails for step in writes] == [{}, plan.refile, {}, plan.finish]
 
 
+def test_each_copy_of_a_group_is_left() -> None:
+    """In address books of their own cards may have the same uid."""
+    copies = [group("Jail", "c"), replace(group("Jail", "c"), ref="another book")]
+    cards = [contact("c"), *copies, *groups()]
+    plan = plan_sender(BOB, FEED, [mail("1", "@ToFeed")], cards, RULES, BOXES)
+    left = [change.card for change in to_refile([plan]).cards if change.remove == {"c"}]
+    assert left == copies
+
+
 @pytest.mark.parametrize(
     ("step", "cards_refused", "mails_refused", "why"),
     [
