@@ -564,15 +564,15 @@ class CardChange:
 @dataclass(frozen=True)
 class Boxes:
     """The ids of the mailboxes that Mailroom works with. `labels`: {id: its category}, the undo
-    label among them where there is one; `destinations`: {category name: id}; `warning` is empty
-    when warnings are off."""
+    label among them where there is one; `destinations`: {category: id}; `warning` is empty when
+    warnings are off."""
 
     inbox: str
     screener: str
     error: str
     warning: str
     labels: Mapping[str, Category]
-    destinations: Mapping[str, str]
+    destinations: Mapping[Category, str]
 
     @property
     def managed(self) -> frozenset[str]:
@@ -860,8 +860,8 @@ def came_to_inbox(mail: Mail, boxes: Boxes) -> bool:
     that is the one below all others whose destination the mail is in."""
     there = [
         category
-        for category in boxes.labels.values()
-        if not category.undoes and boxes.destinations.get(category.name) in mail.mailboxes
+        for category, box in boxes.destinations.items()
+        if not category.undoes and box in mail.mailboxes
     ]
     parents = {category.parent for category in there}
     return any(each.add_to_inbox and each.name not in parents for each in there)
@@ -880,7 +880,7 @@ def plan_mails(
     the user's, say) stay where they are. Only the label that is carried out comes off: another may
     have been put on meanwhile."""
     category, label = family[0], boxes.label_of(family[0])
-    destinations = {boxes.destinations[each.name] for each in family}
+    destinations = {boxes.destinations[each] for each in family}
     refile, finish = {}, {}
     for mail in mails:
         tapped = label in mail.mailboxes
@@ -2919,14 +2919,14 @@ def find_boxes(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
 def boxes_there(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
     """Those of the mailboxes that the settings name which the account has."""
     asked = [*settings.triage_categories, settings.undo]
-    destinations = {each.name: ids.get(each.destination_mailbox, "") for each in asked}
+    destinations = {each: ids.get(each.destination_mailbox, "") for each in asked}
     return Boxes(
         inbox=ids.get("Inbox", ""),
         screener=ids.get(settings.screener_mailbox, ""),
         error=ids.get(settings.label_mailroom_error, ""),
         warning=ids.get(settings.label_mailroom_warning, ""),
         labels={ids[each.label]: each for each in asked if each.label in ids},
-        destinations={name: box for name, box in destinations.items() if box},
+        destinations={each: box for each, box in destinations.items() if box},
     )
 
 

@@ -87,7 +87,7 @@ def boxes_for(categories: Sequence[Category], warnings: bool) -> Boxes:
         error="@Error",
         warning="@Warning" if warnings else "",
         labels={each.label: each for each in categories},
-        destinations={each.name: each.destination_mailbox for each in categories},
+        destinations={each: each.destination_mailbox for each in categories},
     )
 
 
@@ -213,7 +213,7 @@ def test_a_cycle_brings_any_account_to_where_it_should_be(world: World) -> None:
         assert len([card for card in world.cards if plan.sender in card.emails]) >= 1
         for mail in world.mails:
             if mail.sender == plan.sender and mail.mailboxes & world.boxes.managed:
-                there = {world.boxes.destinations[each.name] for each in family}
+                there = {world.boxes.destinations[each] for each in family}
                 assert mail.mailboxes & world.boxes.managed == there
     assert all(is_minimal(mail, patch) for mail, patch in writes)
 

@@ -47,7 +47,7 @@ def triaged(category: Category, of: MailroomSettings) -> set[str]:
         error=of.label_mailroom_error,
         warning="",
         labels={each.label: each for each in of.triage_categories},
-        destinations={each.name: each.destination_mailbox for each in of.triage_categories},
+        destinations={each: each.destination_mailbox for each in of.triage_categories},
     )
     mail = Mail("1", "bob@shop.example", "", frozenset({boxes.screener, category.label}))
     refile, finish = mailroom.plan_mails([mail], family(category, of), boxes, False)

@@ -24,6 +24,7 @@ from mailroom import (
     SenderPlan,
     Writes,
     as_made,
+    came_to_inbox,
     clean_note,
     contact_uid,
     error_patches,
@@ -61,7 +62,7 @@ BOXES = Boxes(
     error="@Error",
     warning="@Warning",
     labels={category.label: category for category in CATEGORIES},
-    destinations={name: name for name in BY_NAME},
+    destinations={category: category.name for category in CATEGORIES},
 )
 OWN = frozenset({"alice@home.example"})
 BOB = "bob@shop.example"
@@ -271,7 +272,7 @@ UNDO = Category("", "@ToScreener", "", "Screener")
 UNDO_BOXES = replace(
     BOXES,
     labels={**BOXES.labels, "@ToScreener": UNDO},
-    destinations={**BOXES.destinations, "": "Screener"},
+    destinations={**BOXES.destinations, UNDO: "Screener"},
 )
 
 
@@ -330,6 +331,12 @@ def test_reset_patch(boxes: str, after: str) -> None:
     done = one.patched(reset_patch(one, UNDO_BOXES))
     assert done.mailboxes == boxes_of(after)
     assert reset_patch(done, UNDO_BOXES) == {}
+
+
+def test_a_category_put_a_mail_in_the_inbox_though_its_label_is_gone() -> None:
+    boxes = replace(UNDO_BOXES, labels={})
+    assert came_to_inbox(mail("1", "Imbox", "Inbox"), boxes)
+    assert not came_to_inbox(mail("1", "Person", "Imbox", "Inbox"), boxes)
 
 
 @given(
@@ -440,7 +447,7 @@ def test_a_destination_shared_by_parent_and_child_is_kept() -> None:
     boxes = replace(
         BOXES,
         labels={category.label: category for category in shared},
-        destinations={"A": "A", "B": "A"},
+        destinations=dict.fromkeys(shared, "A"),
     )
     one = mail("1", "@ToB", "Screener")
     refile, finish = plan_mails([one], shared[::-1], boxes, warn=False)
