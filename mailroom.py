@@ -4138,9 +4138,16 @@ class Setup:
 def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: look at the account, make with `--apply` what is missing, and tell of it; the
     exit status. Raises MailroomError."""
+    prints_script = options.sieve and not options.apply
+    if prints_script and (options.json or options.fastmail_rules):
+        raise ConfigurationError("--sieve prints the script, and nothing else: give it alone")
     work = Setup(settings)
     facts = work.look()
-    if options.sieve and not options.apply:
+    if prints_script:
+        if work.problems:
+            raise ConfigurationError(*work.problems)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # RFC 5228 section 2.1
+            sys.stdout.reconfigure(encoding="utf-8")
         print(work.sieve_script(), end="")
         return 0
     needs = work.lacking()

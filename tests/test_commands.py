@@ -379,6 +379,15 @@ def test_a_full_disk_is_told(home: EmbeddedHome, arguments: tuple[str, ...]) -> 
     assert said == ["mailroom: the system says: [Errno 28] No space left on device"]
 
 
+def test_a_sieve_script_is_utf_8_whatever_the_terminal_knows(home: EmbeddedHome) -> None:
+    home.changes["screener_mailbox"] = "Für später"
+    program = Program(home, "setup", "--sieve", PYTHONIOENCODING="latin-1")
+    with program.in_pipes():
+        out, _ = program.outputs()
+    assert program.status() == 0
+    assert 'fileinto "Für später"' in out
+
+
 def test_when_no_one_reads_on_a_reset_stops_and_the_next_goes_on(home: EmbeddedHome) -> None:
     furnish(home)
     reader, writer = os.pipe()

@@ -201,6 +201,23 @@ def test_an_account_that_mailroom_cannot_work_on(
         assert [line.partition(":")[0] for line in plan["told"]] == [*said, verdict]
 
 
+@pytest.mark.parametrize("change", [{"read_only": True}, {"has_contacts": False}], ids=str)
+def test_no_script_is_printed_for_such_an_account(change: JSON) -> None:
+    """It would test for groups that are not there."""
+    with embedded_home("fastmail", RadicaleServer) as home:
+        vars(home.mail.options).update(change)
+        ran = run(home, "setup", "--sieve")
+        assert (ran.status, ran.out) == (2, "")
+        assert all(line.startswith("mailroom: the token ") for line in ran.err.splitlines())
+
+
+@pytest.mark.parametrize("more", [("--json",), ("--fastmail-rules", "rules.json")], ids=str)
+def test_the_script_is_printed_alone(more: tuple[str, ...]) -> None:
+    ran = command("setup", "--sieve", *more, jmap_token="x")
+    assert (ran.status, ran.out, len(ran.err.splitlines())) == (2, "", 1)
+    assert "--sieve" in ran.err
+
+
 def test_what_it_cannot_even_look_at_is_one_line() -> None:
     away = f"http://127.0.0.1:{free_port()}"
     login = {"carddav_username": "a", "carddav_password": "b"}
