@@ -3308,8 +3308,7 @@ def explain_patches(patches: Iterable[MailPatch], names: Mapping[str, str]) -> I
 
 def explain(plan: SenderPlan, names: Mapping[str, str]) -> str:
     """What a plan does for a sender, and why, in lines. `names`: {mailbox id: name}."""
-    category, finish = plan.category, [patch for patch in plan.finish.values() if patch]
-    lines = [f"{plan.sender} has the label {category.label}", explain_contact(plan.contact)]
+    lines = [f"{plan.sender} has the label {plan.category.label}", explain_contact(plan.contact)]
     if plan.join:
         lines.append(f"put the contact into {listed(group.name for group in plan.join)}")
     if plan.leave:
@@ -3317,7 +3316,13 @@ def explain(plan: SenderPlan, names: Mapping[str, str]) -> str:
     lines += explain_patches(plan.refile.values(), names)
     if plan.name_differs:
         lines.append("warn that the mail gives another name than the contact")
-    lines.append(f"take {category.label} off {number(len(finish), 'mail')}")
+    off = Counter(
+        names.get(path.removeprefix("mailboxIds/"), "another label")
+        for patch in plan.finish.values()
+        for path, stays in patch.items()
+        if not stays
+    )
+    lines += [f"take {label} off {number(mails, 'mail')}" for label, mails in off.items()]
     return "\n  ".join(lines)
 
 

@@ -565,6 +565,19 @@ def test_a_dry_run_tells_what_the_run_then_does(home: EmbeddedHome) -> None:
 
 
 @on_jmap
+def test_a_dry_run_says_from_how_many_mails_each_label_comes_off(home: EmbeddedHome) -> None:
+    """After a conflict that the user has resolved."""
+    assert run(home, *APPLY).status == 0
+    home.tap(home.deliver("Bob <bob@x.example>", "one"), "@ToFeed", "@MailroomError")
+    home.tap(home.deliver("Bob <bob@x.example>", "two"), "@MailroomError")
+    lines = run(home, "run", "--once", "--dry-run").out.splitlines()
+    assert sorted(line.strip() for line in lines if line.startswith("  take")) == [
+        "take @MailroomError off 2 mails",
+        "take @ToFeed off 1 mail",
+    ]
+
+
+@on_jmap
 def test_a_dry_run_says_which_mails_get_and_lose_the_error_label(home: EmbeddedHome) -> None:
     assert run(home, *APPLY).status == 0
     unusable(home)
