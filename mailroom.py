@@ -778,7 +778,8 @@ def plan_groups(
 
 
 def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[str]]]:
-    """(group, the uids that it is paired with) for each group."""
+    """(group, the uids that it is paired with) for each group. A copy of one, in another address
+    book, has the same uid."""
     groups: dict[str, Card] = {}
     uids: dict[str, set[str]] = defaultdict(set)
     for group, uid in pairs:
@@ -787,13 +788,17 @@ def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[st
     return [(group, frozenset(uids[key])) for key, group in groups.items()]
 
 
-def was_made(card: Card) -> bool:
+def has_own_uid(card: Card) -> bool:
     """Whether Mailroom made a contact for an address that it has, or a group for its name."""
     made_for = [f"mailto:{address}" for address in card.emails]
     if card.is_group:
         made_for = [f"group:{card.name}"]
-    noted = card.is_group or CREATED_NOTE in card.note_lines
-    return noted and any(card.uid in islice(own_uids(what), UIDS_IN_LINE) for what in made_for)
+    return any(card.uid in islice(own_uids(what), UIDS_IN_LINE) for what in made_for)
+
+
+def was_made(card: Card) -> bool:
+    """Whether Mailroom made a card, and the note of a contact still says so."""
+    return has_own_uid(card) and (card.is_group or CREATED_NOTE in card.note_lines)
 
 
 def ways_to_make(card: Card) -> list[CardChange]:
@@ -839,20 +844,14 @@ def take_back(card: Card, gone: Collection[str]) -> CardChange:
 
 
 def plan_undo(
-    sender: str,
-    mails: Iterable[Mail],
-    cards: Collection[Card],
-    rules: Rules,
-    untouched: Collection[str],
+    sender: str, cards: Collection[Card], rules: Rules, gone: Collection[str]
 ) -> CardChange:
     """The contact's part where a sender's triage is taken back. Where there is no contact, its uid
     may have been left behind in groups."""
     found = find_contact(sender, cards, filter(rules.is_managed, cards))
     if not found:
         return CardChange(contact_uid(sender, {card.uid for card in cards}), kind="")
-    return take_back(
-        found, as_made([found], names_given(mails), rules.foreign_groups(cards), untouched)
-    )
+    return take_back(found, gone)
 
 
 def came_to_inbox(mail: Mail, boxes: Boxes) -> bool:
@@ -911,14 +910,15 @@ def plan_sender(
     cards: Collection[Card],
     rules: Rules,
     boxes: Boxes,
-    untouched: Collection[str] = (),
+    gone: Collection[str] = (),
 ) -> SenderPlan:
     """What to do for a sender, given the sender's mails that were found, the labelled among them,
-    and the cards that were: contacts and groups. `untouched`: see `as_made`."""
+    and the cards that were: contacts and groups. `gone`: the refs of the contacts that go when
+    triage is taken back (see `as_made`)."""
     labelled = [mail for mail in mails if boxes.label_of(category) in mail.mailboxes]
     display_name = max(labelled, key=lambda mail: (mail.received, mail.id)).display_name
     if category.undoes:
-        contact = plan_undo(sender, mails, cards, rules, untouched)
+        contact = plan_undo(sender, cards, rules, gone)
     else:
         contact = plan_contact(sender, category, display_name, cards, rules)
     family = rules.family(category)
@@ -2981,6 +2981,29 @@ def mails_refused(errors: Mapping[str, JSON]) -> dict[str, str]:
     return {id_: error_text(e) for id_, e in errors.items() if e.get("type") != "notFound"}
 
 
+def names_told(
+    client: JMAPClient, contacts: Iterable[Card], mails: Iterable[Mail]
+) -> dict[str, set[str]]:
+    """{sender: the names that a contact may have got from the sender's mails}. Where those given do
+    not tell a contact's name, mails anywhere in the account are asked for, as far as any are found:
+    a contact whose name cannot be judged is kept."""
+    known = [*mails]
+    for condition in (by_from, by_header):
+        names = names_given(known)
+        asked = sorted(
+            address
+            for contact in contacts
+            if not any(contact.name in names.get(each, ()) for each in contact.emails)
+            for address in contact.emails
+        )
+        for n in range(0, len(asked), SENDERS_AT_ONCE):
+            filter_ = any_of(map(condition, asked[n : n + SENDERS_AT_ONCE]))
+            query = Query("Email", filter_, MAIL_PROPERTIES, parse_mail, newest=MAX_PAGE)
+            _, [found] = client.fetch([query])
+            known += [] if isinstance(found, MethodError) else found
+    return names_given(known)
+
+
 class Triage:
     """The triage cycle: reads, plans, carries out. It keeps nothing of one cycle for the next but
     what the account is like (session, mailboxes, own addresses, address books), so that an idle
@@ -3133,18 +3156,26 @@ class Triage:
         known = [mail for mail in queue if mail.sender in senders]
         mails = self._complete(known, found[len(questions)], expect(found[-1]))
         undone = {sender for sender, category in senders.items() if category.undoes}
-        made = [card for card in cards if card.emails & undone and was_made(card)]
-        untouched = self._contacts.untouched(made) if made else ()
         rules = rules_of(self._settings)
+        gone = self._as_made(undone, chain(*map(dict.values, mails.values())), cards, rules)
         return [
-            plan_sender(
-                sender, category, mails[sender].values(), cards, rules, self._boxes, untouched
-            )
+            plan_sender(sender, category, mails[sender].values(), cards, rules, self._boxes, gone)
             for sender, category in senders.items()
             if any(
                 self._boxes.label_of(category) in mail.mailboxes for mail in mails[sender].values()
             )
         ]
+
+    def _as_made(
+        self, senders: Collection[str], mails: Iterable[Mail], cards: Collection[Card], rules: Rules
+    ) -> set[str]:
+        """The refs of the senders' contacts that are as Mailroom made them."""
+        made = [card for card in cards if card.emails & {*senders} and was_made(card)]
+        if not made:
+            return set()
+        untouched = self._contacts.untouched(made)
+        names = names_told(self._client, [card for card in made if card.ref in untouched], mails)
+        return as_made(made, names, rules.foreign_groups(cards), untouched)
 
     def _search(self, senders: Collection[str], condition: Callable[[str], JSON] | None) -> Query:
         """The query for the senders' mails where they may be re-filed; without a condition all
@@ -4236,17 +4267,20 @@ def plan_reset(
         for card in cards
         if rules.is_own(card)
     ]
+    contacts = [card for card in cards if not card.is_group]
     noted = [
-        card
-        for card in cards
-        if not card.is_group and any(clean_note(text) != text for text in card.notes.values())
+        card for card in contacts if any(clean_note(text) != text for text in card.notes.values())
     ]
     gone = as_made(noted, names, rules.foreign_groups(cards), untouched)
     return ResetPlan(
         groups=tuple(change for change in groups if change.destroy or change.remove),
         contacts=tuple(take_back(card, gone) for card in noted),
         mails={mail.id: patch for mail in mails if (patch := reset_patch(mail, boxes))},
-        kept=tuple(c for c in noted if CREATED_NOTE in c.note_lines and c.ref not in gone),
+        kept=tuple(
+            card
+            for card in contacts
+            if card.ref not in gone and (CREATED_NOTE in card.note_lines or has_own_uid(card))
+        ),
     )
 
 
@@ -4272,23 +4306,9 @@ class Reset:
         rules = rules_of(self._settings)
         made = [card for card in cards if was_made(card) and (rules.is_own(card) or card.emails)]
         untouched = self._contacts.untouched(made)
-        names = names_given(mails)
-        senders = {each for card in made if card.ref in untouched for each in card.emails}
-        names |= self._names_elsewhere(senders - names.keys())
+        contacts = [card for card in made if card.ref in untouched and not card.is_group]
+        names = names_told(self._client, contacts, mails)
         return plan_reset(cards, mails, names, rules, boxes, untouched)
-
-    def _names_elsewhere(self, senders: Collection[str]) -> dict[str, set[str]]:
-        """{sender: the names in mails that are anywhere in the account}, as far as any are found:
-        a contact whose name cannot be judged is kept."""
-        names: dict[str, set[str]] = {}
-        for condition in (by_from, by_header):
-            asked = sorted(senders - names.keys())
-            for n in range(0, len(asked), SENDERS_AT_ONCE):
-                filter_ = any_of(map(condition, asked[n : n + SENDERS_AT_ONCE]))
-                query = Query("Email", filter_, MAIL_PROPERTIES, parse_mail, newest=MAX_PAGE)
-                _, [found] = self._client.fetch([query])
-                names |= names_given([] if isinstance(found, MethodError) else found)
-        return names
 
     def carry_out(self, plan: ResetPlan) -> list[str]:
         """Carry out a plan; a line for each thing that was refused. Raises ServerError."""

@@ -146,6 +146,17 @@ def test_the_name_may_be_in_a_mail_that_is_anywhere(home: EmbeddedHome) -> None:
     assert home.where() == {homes.mail_of(FROM_BOB): {"Mine"}, homes.mail_of(FROM_EVE): {"Trash"}}
 
 
+@on_jmap
+def test_a_contact_whose_note_is_gone_is_named(home: EmbeddedHome) -> None:
+    assert run(home, "setup", "--apply").status == 0
+    home.tap(home.deliver(FROM_BOB, homes.mail_of(FROM_BOB)), "@ToFeed")
+    once(home)
+    card = home.account.cards[home.account.by_uid[contact_uid("bob@x.example")]]
+    home.account.put_card({key: value for key, value in card.items() if key != "notes"})
+    assert 'kept: "Bob", bob@x.example: Mailroom made it' in run(home, *APPLY).out
+    assert [card.emails for card in home.book.seen().values()] == [{"bob@x.example"}]
+
+
 # ------------------------------------------------------------------------------- asking first
 
 

@@ -372,6 +372,25 @@ def test_what_the_user_has_touched_is_kept_without_mailrooms_lines(
 
 @ways
 @two_stores
+def test_a_sender_that_writes_under_another_name_now_has_not_touched_it(
+    home: EmbeddedHome, way: str
+) -> None:
+    """The mail that gave the contact its name is in a folder of the user's."""
+    uid = with_bob_in_feed(home)
+    home.move("one", "Mine")
+    home.move("two", "Trash")
+    home.deliver(f"Bob from Shop <{BOB}>", "three", "Feed")
+    if way == "undo":
+        home.tap("three", UNDO)
+        once(home)
+    else:
+        assert run(home, "reset", "--apply", "--yes").status == 0
+    assert home.where() == {"one": {"Mine"}, "two": {"Trash"}, "three": {"Screener"}}
+    assert uid not in home.book.seen()
+
+
+@ways
+@two_stores
 def test_who_is_in_a_group_of_the_users_own_is_kept(home: EmbeddedHome, way: str) -> None:
     uid = with_bob_in_feed(home)
     friends = home.book.add_group("Friends", uid)
