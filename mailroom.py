@@ -1162,11 +1162,11 @@ def read_bounded(response: requests.Response) -> bytes:
     """The body of a response. Raises ServerError when it is cut off or beyond MAX_REPLY_BYTES."""
     content = bytearray()
     try:
-        for chunk in response.iter_content(2**16):
+        while chunk := response.raw.read1(2**16, decode_content=True):
             content += chunk
             if len(content) > MAX_REPLY_BYTES:
                 raise ServerError(f"{response.url} sends more than {MAX_REPLY_BYTES} bytes")
-    except OSError as error:
+    except (urllib3.exceptions.HTTPError, OSError) as error:
         raise ServerError(f"{response.url} broke off: {network_reason(error)}") from None
     return bytes(content)
 

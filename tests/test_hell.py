@@ -325,6 +325,28 @@ HELLS: dict[str, Hell] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        ([b"-5\r\nabc"], "broke off"),
+        ([b"5\r\nabc"], "broke off"),
+        ([b"zz\r\nabc"], "broke off"),
+        ([b"-1\r\n", *[bytes(2**16)] * 64], "sends more than 1048576 bytes"),
+        ([b"ffffffff\r\n", *[bytes(2**16)] * 64], "sends more than 1048576 bytes"),
+    ],
+    ids=["less than none", "cut short", "no number", "less than none, endless", "endless"],
+)
+def test_a_reply_in_odd_chunks_is_an_error_of_the_server(
+    pieces: list[bytes], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailroom, "MAX_REPLY_BYTES", 2**20)
+    head = CHUNKED.replace(b"text/event-stream", b"application/json")
+    with Peer(at_once(head, *pieces)) as peer:
+        client = mailroom.JMAPClient("token", peer.url)
+        with pytest.raises(mailroom.ServerError, match=said):
+            client.connect()
+
+
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are hundredths; and the signals of the test run stay its own."""
