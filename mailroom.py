@@ -379,6 +379,11 @@ class MailroomSettings:
         shown = (f"{n}={getattr(self, n)!r}" for n, row in SETTINGS.items() if not row.secret)
         return f"MailroomSettings({', '.join(shown)})"
 
+    def shown(self, text: str) -> str:
+        """A text without secrets, and short enough: in this order, or half a secret would stay."""
+        text = self.redact(text)
+        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
     def redact(self, text: str) -> str:
         """The text with every secret in it blotted out, in whatever form."""
         forms: set[str] = set()
@@ -424,7 +429,8 @@ def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
     source = os.environ.get(f"{variable}_FILE", "")
     # Without a slash it may be the secret itself, given in the wrong variable.
     shown = (f" (in the file {source!r})" if "/" in source else "") if row.secret else f"={value!r}"
-    shown = re.sub("//([^/@:]*):[^/@]*@", r"//\1:[secret]@", shown)
+    if row.fits is is_safe_url:  # It may have a user's name and password in it.
+        shown = re.sub("^=.*@", "='[secret]@", shown)
     or_file = f", or in {variable}_FILE the path of its file" if row.secret else ""
     raise ConfigurationError(f"{variable}{shown}: give {row.accepts}{or_file}")
 
@@ -456,13 +462,17 @@ class LogFormatter(logging.Formatter):
     def __init__(self, settings: MailroomSettings) -> None:
         super().__init__()
         self._as_json = settings.log_format == "json"
-        self._redact = settings.redact
+        self._settings = settings
 
     def format(self, record: logging.LogRecord) -> str:
         values = {"event": record.getMessage(), **getattr(record, "fields", {})}
-        values = {key: self._shown(value) for key, value in values.items()}
+        values = {
+            key: self._settings.shown(value) if isinstance(value, str) else value
+            for key, value in values.items()
+        }
         level = record.levelname.lower()
-        trace = self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        trace = self._settings.redact(trace)
         trace = "\n".join(CONTROLS.sub(" ", line) for line in trace.split("\n"))
         if self._as_json:
             traceback = {"traceback": trace} if trace else {}
@@ -472,16 +482,10 @@ class LogFormatter(logging.Formatter):
         line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {told}".rstrip()
         return "\n".join(filter(None, [line, trace]))
 
-    def _shown(self, value: Any) -> Any:
-        """A text without secrets, and short enough: in this order, or half a secret would stay."""
-        if not isinstance(value, str):
-            return value
-        value = self._redact(value)
-        return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
-
 
 def start_logging(settings: MailroomSettings) -> None:
-    """Send the log to stderr."""
+    """Send the log to stderr, and nothing else: a cookie can make Python's library warn there."""
+    warnings.filterwarnings("ignore", module="http.cookiejar")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(settings))
     LOG.handlers[:] = [handler]
@@ -1191,6 +1195,8 @@ def network_reason(error: BaseException) -> str:
     """Why a request failed, in one line: what the innermost error says."""
     while inner := error.__cause__ or error.__context__:
         error = inner
+    if isinstance(error, urllib3.exceptions.LocationParseError):
+        return "its URL, or that of the proxy, cannot be read"  # and may have a password in it
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
@@ -3437,7 +3443,7 @@ class Health:
         self.last_success: float | None = None
         self._started = time.monotonic()
         self._max_age = 2 * settings.poll_interval + CYCLE_DEADLINE
-        self._redact = settings.redact
+        self._shown = settings.shown
 
     def note_cycle(self, trigger: str, result: str) -> None:
         """A cycle has ended: a `success`; with `sender_failures`, where the account was read but
@@ -3458,7 +3464,7 @@ class Health:
             "last_poll_age_seconds": age,
             "last_poll_trigger": self.last_trigger,
             "consecutive_failures": self.consecutive_failures,
-            "eventsource": asdict(self.stream) | {"last_error": error and self._redact(error)},
+            "eventsource": asdict(self.stream) | {"last_error": error and self._shown(error)},
         }
         status = "200 OK" if fresh else "503 Service Unavailable"
         return status, "application/json", json.dumps(body)
@@ -4188,6 +4194,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
         return 0
     needs = work.lacking()
     tried = work.make(needs) if options.apply and not work.problems else {}
+    tried = {need: settings.shown(reason) for need, reason in tried.items()}
     items = [setup_item(need, needs, tried) for need in (*work.boxes, *work.groups)]
     status, verdict = setup_verdict(Counter(item["state"] for item in items), work.problems)
     told = [*work.problems, verdict]
@@ -4200,6 +4207,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
         status = status or 1
         told.append(str(error))
     console = Console(settings)
+    told = [settings.shown(text) for text in told]
     plan = {"account": facts, "items": items, "rules": rule_rows(settings), "told": told}
     if options.json:
         console.say(json.dumps(plan, indent=2))
@@ -4382,7 +4390,7 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
         return 0
     problems = work.carry_out(plan)
     for problem in problems:
-        console.say(problem, "problem")
+        console.say(settings.shown(problem), "problem")
     console.say("Run it again for the rest." if problems else "Mailroom is out of the account.")
     return 1 if problems else 0
 
@@ -4493,10 +4501,10 @@ def perform(arguments: Sequence[str]) -> int:
     try:
         return COMMANDS[options.command](settings, options)
     except ConfigurationError as error:
-        complain(map(settings.redact, error.problems))
+        complain(map(settings.shown, error.problems))
         return 2
     except MailroomError as error:
-        complain([settings.redact(f"{error}. Run it again: it does what is left")])
+        complain([f"{settings.shown(str(error))}. Run it again: it does what is left"])
         return 1
     except KeyboardInterrupt:
         return 130

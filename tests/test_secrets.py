@@ -20,7 +20,7 @@ from test_contacts import ADDRESS_BOOK, FOUND, MULTISTATUS
 from test_hell import Peer, at_once, refusal, stopped, tap, wait_filed
 from test_push import open_files
 from test_vcards import HOSTILE
-from tools import Running, check_account, process, running
+from tools import Running, check_account, command, process, running
 
 import mailroom
 from mailroom import CardDAVContacts, JMAPClient, MailroomError, MailroomSettings, credentials
@@ -164,6 +164,32 @@ def test_nothing_that_the_program_leaves_behind_has_a_secret_in_it(
         check_account(server)
     assert not leaks(output.read_text("utf-8"), *pages, command, account)
     assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", [0, 9_960, 19_960])
+def test_no_half_of_a_secret_is_left_where_a_text_is_cut(where: int) -> None:
+    """A server's text is cut to save memory before it is known what is a secret in it."""
+    token = "fmu1-" + "secret" * 9
+    said = "x" * where + token
+    with JMAPServer(Options(token=token)) as server:
+        server.faults.append(Fault("session", times=FOREVER, status=500, body=problem(said)))
+        ran = command("setup", jmap_url=server.session_url, jmap_token=token)
+    assert ran.status == 1
+    assert "secret" not in ran.err.replace("[secret]", "")
+    health = mailroom.Health(MailroomSettings(jmap_token=token))
+    health.stream.last_error = f"{said}"[:10_000]
+    assert "secret" not in health.page()[2].replace("[secret]", "")
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1:99999", "#x@127.0.0.1:9", "/x@127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_read_is_not_shown(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = "" if "@" in proxy else "@"
+    monkeypatch.setenv("HTTPS_PROXY", f"http://bob:hunter2{at}{proxy}")
+    with pytest.raises(MailroomError, match="that of the proxy") as caught:
+        JMAPClient(TOKEN, "https://mail.example/jmap").connect()
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_secret_is_blotted_out_longest_first() -> None:
