@@ -1154,12 +1154,14 @@ class HTTPClient:
 
 
 def refusal(reply: Reply, remedy: str) -> MailroomError:
-    """What an unwanted reply means."""
+    """What an unwanted reply means. After too many requests (429) the server is left alone, though
+    it may not say for how long."""
     said = f"{reply.url} answers HTTP {reply.status}{problem_detail(reply.body)}"
     if reply.status in (401, 403):
         return ConfigurationError(f"{said}: the credentials are refused. {remedy}".rstrip())
     busy = reply.status in (429, 503)
-    return ServerError(said, answered=not busy, retry_after=retry_after(reply.headers))
+    wait = retry_after(reply.headers) or float(reply.status == 429)
+    return ServerError(said, answered=not busy, retry_after=wait)
 
 
 def read_bounded(response: requests.Response) -> bytes:

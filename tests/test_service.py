@@ -808,6 +808,41 @@ def test_an_event_source_that_comes_later_is_listened_to() -> None:
         server.wait_for(lambda: server.streams)
 
 
+def test_the_account_is_told_of_when_it_is_news() -> None:
+    """However often the session is read again."""
+    with account() as server, started(server, poll_interval=0.05) as run:
+        run.wait_for_cycles(1)
+        before = server.count("session")
+        fault = Fault("Email/query", times=6, errors={"Email/query": {"type": "serverFail"}})
+        server.faults += [fault]
+        server.wait_for(lambda: fault.fired == 6)
+        run.wait_for_cycles(1)
+        assert server.count("session") > before + 3
+        ready = [each for each in run.events("info") if each["event"] == "account ready"]
+        assert len(ready) == 1
+
+
+def test_a_server_that_has_had_enough_is_left_alone() -> None:
+    """Without a Retry-After too. Senders are tried one by one only where one may be at fault."""
+    with account() as server, started(server, poll_interval=60) as run:
+        settle(run)
+        busy = Fault("ContactCard/set", times=FOREVER, status=429)
+        server.faults += [busy]
+        for n in range(20):
+            tap(server, f"s{n}@x.example")
+        server.wait_for(lambda: run.events("error"))
+        assert busy.fired == 1
+        server.faults.clear()
+        server.wait_for(lambda: not server.account.mails_in("@ToFeed"), 10)
+
+
+def test_a_long_window_does_not_hold_up_the_timer() -> None:
+    with account() as server, started(server, poll_interval=0.3, debounce_seconds=60) as run:
+        run.wait_for_cycles(1)
+        server.wait_for(lambda: server.streams)
+        wait_filed(server, tap(server), 5)
+
+
 def test_an_event_source_that_moves_is_listened_to() -> None:
     with account() as server:
         old = {"eventSourceUrl": server.origin + "/gone/"}
