@@ -3658,14 +3658,15 @@ class Service:
     def _wait(self, delay: float) -> str:
         """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
         that arrives in it is one cycle; the window does not slide, so that no steady stream of
-        events can put the cycle off. Signals that came while a cycle ran open one at once."""
+        events can put the cycle off, and ends when the timer does. Signals that came while a cycle
+        ran open one at once."""
         due = time.monotonic() + delay
         while not self.shutdown.is_set() and (left := due - time.monotonic()) > 0:
             try:
                 self._queue.get(timeout=left)
             except queue.Empty:
                 break
-            self.shutdown.wait(self._settings.debounce_seconds)
+            self.shutdown.wait(min(self._settings.debounce_seconds, left))
             drain_queue(self._queue)
             if not self.shutdown.is_set() and self._seen.has_news(self._client.account_id):
                 return "push"
