@@ -3036,6 +3036,7 @@ class Triage:
         self._mailboxes = MAILBOXES
         self._ids: dict[str, str] = {}
         self._queue: dict[str, Mail] = {}
+        self._told: JSON = {}
 
     def connect(self) -> None:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
@@ -3054,11 +3055,12 @@ class Triage:
         self._own = self._client.own_addresses() | {name.lower() for name in logins}
         labels = sorted(category.label for category in self._boxes.labels.values())
         self._ready = True
-        LOG.info("account ready", extra=fields(account=self._client.account_id, labels=labels))
+        facts = fields(account=self._client.account_id, labels=labels)
+        level, self._told = logging.DEBUG if facts == self._told else logging.INFO, facts
+        LOG.log(level, "account ready", extra=facts)
         if self._settings.label_undo not in labels:
-            LOG.info(
-                f"no label {self._settings.label_undo!r}: `setup --apply` makes it, to undo with"
-            )
+            undo = self._settings.label_undo
+            LOG.log(level, f"no label {undo!r}: `setup --apply` makes it, to undo with")
 
     def _mailbox_search(self, ids: Mapping[str, str]) -> Query:
         """How to ask for the mailboxes: by name, so that a cycle costs the same among thousands. A
