@@ -2490,6 +2490,7 @@ PROVEN_SECONDS = 60.0
 ANSWER_TIMEOUT = 30.0
 MAX_EVENT_CHARACTERS = 2**16
 MAX_EVENTS_KEPT = 100
+CONNECTED = "connected"
 SENDABLE_ID = re.compile("[!-~]([ -~]{0,1000}[!-~])?")
 
 
@@ -2612,7 +2613,8 @@ class EventStream:
         self._log = log
         self._on_open = on_open
         self._on_state = on_state
-        self._told = ""
+        self._told: set[str] = set()
+        self._opened_at = ""
         self._last_event_id = ""
         self._first_delay = FIRST_DELAY
         self._quiet_limit = QUIET_LIMIT
@@ -2651,16 +2653,21 @@ class EventStream:
         raise StreamEnd(reason, logging.DEBUG if self._proven else logging.WARNING)
 
     def _tell(self, level: int, text: str) -> None:
-        """Log what happens to the stream, where it is news."""
-        self._log.log(level if text != self._told else logging.DEBUG, f"event stream: {text}")
-        self._told = text if level > logging.DEBUG else self._told
+        """Log what happens to the stream, where it is news: once while it does not prove healthy,
+        and that it is connected once more after each failure that is news."""
+        if level == logging.DEBUG or text in self._told:
+            self._log.debug(f"event stream: {text}")
+            return
+        self._log.log(level, f"event stream: {text}")
+        self._told = {text} | (self._told if level == logging.INFO else set())
 
     def _connect(self) -> requests.Response:
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
         if self._last_event_id:
             headers["Last-Event-ID"] = self._last_event_id
         with gevent.Timeout(ANSWER_TIMEOUT, StreamEnd(f"no answer in {ANSWER_TIMEOUT:g} seconds")):
-            url = expand_event_source_url(self._url())
+            self._opened_at = self._url()
+            url = expand_event_source_url(self._opened_at)
             response = self._http.open("GET", url, headers, read_timeout=None)
         try:
             check_stream(response)
@@ -2679,6 +2686,8 @@ class EventStream:
             if not chunk:
                 return
             yield chunk
+            if self._url() != self._opened_at:
+                raise StreamEnd("the event source has moved", logging.DEBUG, None)
 
     def _take(self, event: Any) -> None:
         if event.event in ("state", "ping"):
@@ -2697,7 +2706,7 @@ class EventStream:
         self._status.reconnect_count += bool(self._opened)
         self._status.status, self._status.connected_since = "connected", now_iso()
         self._opened, self._heard = time.monotonic(), set()
-        self._tell(logging.INFO, "connected")
+        self._tell(logging.INFO, CONNECTED)
         self._on_open()
 
     def _note_end(self) -> None:
@@ -2705,7 +2714,7 @@ class EventStream:
         for an event id that is not to come (the server was restored from a backup)."""
         self._proven = bool(self._heard) or time.monotonic() - self._opened >= PROVEN_SECONDS
         if self._proven:
-            self._attempt = 0
+            self._attempt, self._told = 0, {CONNECTED}
         if "state" not in self._heard:
             self._last_event_id = ""
 

@@ -847,6 +847,27 @@ def test_trouble_is_told_once_until_it_changes(server: JMAPServer) -> None:
     assert len(listener.texts("INFO")) == 1
 
 
+def test_a_stream_that_never_proves_healthy_is_told_of_once(server: JMAPServer) -> None:
+    """Behind a proxy that closes what is idle, say."""
+    listener = listen(server, 6, *[sse(b"") for _ in range(6)])
+    assert (len(listener.troubles), len(listener.texts("INFO"))) == (1, 2)
+    listener = listen(server, 6, sse(b""), sse(b""), sse(STATE), sse(b""), sse(b""), sse(STATE))
+    assert (len(listener.troubles), len(listener.texts("INFO"))) == (2, 3)
+
+
+def test_a_stream_that_stands_is_left_when_the_event_source_has_moved(server: JMAPServer) -> None:
+    moved: list[str] = []
+    with (
+        JMAPServer.with_mailroom_account() as other,
+        Listener(url_of(server), moved_to=lambda: moved[-1] if moved else None),
+    ):
+        server.wait_for(lambda: server.streams)
+        moved.append(url_of(other))
+        server.streams.send_raw(b": ping\n\n")
+        other.wait_for(lambda: other.streams)
+        server.wait_for(lambda: not server.streams)
+
+
 # Connections
 
 
