@@ -23,6 +23,7 @@ reset. A section needs only those above it. Run it with `python mailroom.py`, or
 """
 
 import os
+import signal
 import sys
 
 # Of a script Python keeps the syntax tree until it ends, 10 MB; of a module it does not. So what is
@@ -36,6 +37,12 @@ if (
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _places))
     _command = [sys.executable, "-P", "-m", "mailroom", *sys.argv[1:]]
     os.execv(sys.executable, _command)  # noqa: S606  (it is this very program)
+
+# Until there is something to stop in good order: Python would print a traceback, and the first
+# process of a container would not hear a signal at all.
+if __name__ == "__main__":
+    for _signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_signal, lambda *_: os._exit(0))
 
 # The sockets are patched before anything imports them: a blocked read is then a greenlet that
 # gives way to the others and can be killed.
@@ -54,7 +61,6 @@ import logging
 import queue
 import random
 import re
-import signal
 import socket
 import time
 import uuid
@@ -4512,6 +4518,9 @@ def perform(arguments: Sequence[str]) -> int:
         complain(error.problems)
         return 2
     start_logging(settings)
+    if options.command != "run":  # The service has its own.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         return COMMANDS[options.command](settings, options)
     except ConfigurationError as error:

@@ -759,6 +759,20 @@ def test_the_program_says_nothing_of_its_libraries(tmp_path: Path) -> None:
     assert isinstance(program, subprocess.Popen)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_program_starts_ends_it(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it imports what it needs: the import of this gevent does not end."""
+    (tmp_path / "gevent.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with account() as server, process(server, tmp_path / "log") as program:
+        server.wait_for(lambda: "here" in text_of(tmp_path / "log"))
+        program.send_signal(number)
+        assert program.wait(timeout=5) == 0
+        assert text_of(tmp_path / "log") == "here\n"
+
+
 # ------------------------------------------------------------------- what a review brought to light
 
 
