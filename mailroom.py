@@ -1183,6 +1183,11 @@ def read_bounded(response: requests.Response) -> bytes:
     return bytes(content)
 
 
+def origin(url: SplitResult) -> tuple[str, str | None, int]:
+    """(scheme, host, port) of a URL (RFC 6454 section 4)."""
+    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme, 0)
+
+
 def same_origin(url: str, location: str) -> str:
     """Where a redirect leads. A server behind a TLS proxy may say http where it means https.
 
@@ -1191,7 +1196,7 @@ def same_origin(url: str, location: str) -> str:
     here, there = urlsplit(url), urlsplit(urljoin(url, location))
     if here.scheme == "https" and there.scheme == "http" and here.hostname == there.hostname:
         there = there._replace(scheme=here.scheme, netloc=here.netloc)
-    if (here.scheme, here.netloc) != (there.scheme, there.netloc):
+    if origin(here) != origin(there):
         raise ConfigurationError(
             f"{url} redirects to {there.geturl()}: if that is right, put that into "
             "MAILROOM_JMAP_URL or MAILROOM_CARDDAV_URL"

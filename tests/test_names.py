@@ -466,6 +466,15 @@ def test_a_redirect_away_from_https_does_not_carry_the_token(
     assert not [request for request in others if "Authorization" in request.headers]
 
 
+@pytest.mark.parametrize("location", ["https://mail.example:443/new", "https://MAIL.example/new"])
+def test_the_same_host_in_other_words_is_the_same(
+    mocked: responses.RequestsMock, location: str
+) -> None:
+    mocked.get(f"{HOST}/jmap", status=302, headers={"Location": location})
+    mocked.get(location, json=session())
+    assert connected(JMAPClient("token", f"{HOST}/jmap")).account_id == "u1"
+
+
 @pytest.mark.parametrize("location", ["http://[::1", "//\xff\xfe[", "http://127.0.0.1:port/", ""])
 def test_a_redirect_to_nowhere_is_one_clear_error(server: JMAPServer, location: str) -> None:
     server.faults.append(
