@@ -64,6 +64,7 @@ import re
 import socket
 import time
 import uuid
+import warnings
 from base64 import b64encode
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ from http.client import HTTPException
 from http.cookiejar import DefaultCookiePolicy
 from itertools import chain, combinations, count, islice
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, quote_plus, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, quote_plus, urljoin, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -4454,7 +4455,7 @@ exit status:
   2    settings, credentials, or an account that lacks something
   3    `run --once`: a sender could not be triaged, or the server not be reached
   130  setup or reset: stopped with Ctrl-C
-  141  setup or reset: whoever read the output has gone
+  141  whoever read the output has gone
 """
 
 

@@ -747,14 +747,17 @@ def test_a_traceback_has_no_secret_in_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_program_says_nothing_of_its_libraries(tmp_path: Path) -> None:
-    """At debug level too the log is Mailroom's own, since libraries log headers."""
+    """At debug level too the log is Mailroom's own, since libraries log headers, and warn of
+    cookies."""
     output = tmp_path / "log"
     with account() as server, process(server, output) as program:
+        server.faults.append(Fault(times=FOREVER, headers={"Set-Cookie": "a=1; Max-Age"}))
         wait_filed(server, tap(server), 10)
         program.send_signal(signal.SIGTERM)
         assert program.wait(timeout=5) == 0
         assert server.options.token not in text_of(output)
         assert "urllib3" not in text_of(output)
+        assert "cookie" not in text_of(output)
     assert logging.getLogger("mailroom").name == "mailroom"
     assert isinstance(program, subprocess.Popen)
 
