@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from unittest import mock
 
 import requests
+import urllib3
 from books import Book, JMAPBook, radicale_book
 from jmap_server import JMAPServer
 from radicale_server import RadicaleServer
@@ -339,7 +340,10 @@ def refusal(request: requests.PreparedRequest) -> requests.Response:
     """What a CardDAV server answers when the card has changed, or a server in trouble."""
     response = requests.Response()
     response.status_code = 412 if request.method in ("PUT", "DELETE") else 503
-    response.url, response.raw = str(request.url), io.BytesIO()
+    response.url, response.raw = (
+        str(request.url),
+        urllib3.HTTPResponse(io.BytesIO(), preload_content=False),
+    )
     return response
 
 
