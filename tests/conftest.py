@@ -23,15 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="all faults and many more random examples, in place of a selection",
     )
     parser.addoption(
-        "--part", default="1/1", help="1/2: every other test, beside which 2/2 may run the others"
+        "--part",
+        default="1/1",
+        help="1/2: every other test, beside which 2/2 may run the others; "
+        "1,2,3/4: of every four tests the first three",
     )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A part of the tests that are left after `-k` and `-m`."""
-    part, of = map(int, config.getoption("--part").split("/"))
-    items[:] = items[part - 1 :: of]
+    parts, _, of = config.getoption("--part").partition("/")
+    wanted = {int(part) - 1 for part in parts.split(",")}
+    items[:] = [item for n, item in enumerate(items) if n % int(of) in wanted]
 
 
 def pytest_configure(config: pytest.Config) -> None:
