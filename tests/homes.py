@@ -340,10 +340,8 @@ def refusal(request: requests.PreparedRequest) -> requests.Response:
     """What a CardDAV server answers when the card has changed, or a server in trouble."""
     response = requests.Response()
     response.status_code = 412 if request.method in ("PUT", "DELETE") else 503
-    response.url, response.raw = (
-        str(request.url),
-        urllib3.HTTPResponse(io.BytesIO(), preload_content=False),
-    )
+    response.url = str(request.url)
+    response.raw = urllib3.HTTPResponse(io.BytesIO(), preload_content=False)
     return response
 
 

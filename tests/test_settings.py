@@ -604,9 +604,12 @@ def test_categories_that_are_rejected(entries: list[Any], expected: list[tuple[s
     assert_each_told(told, [("MAILROOM_TRIAGE_CATEGORIES", *words) for words in expected])
 
 
-@pytest.mark.parametrize(
+own_mailboxes = pytest.mark.parametrize(
     "name", ["screener_mailbox", "label_mailroom_error", "label_mailroom_warning", "label_undo"]
 )
+
+
+@own_mailboxes
 @pytest.mark.parametrize("key", ["label", "contact_group", "destination_mailbox"])
 def test_renamed_mailboxes_are_as_reserved_as_the_usual_ones(name: str, key: str) -> None:
     clash = entry(**{key: "Front Door"})
@@ -616,9 +619,7 @@ def test_renamed_mailboxes_are_as_reserved_as_the_usual_ones(name: str, key: str
     assert categories(entry(**{key: usual}), **{name: "Front Door"})
 
 
-@pytest.mark.parametrize(
-    "name", ["screener_mailbox", "label_mailroom_error", "label_mailroom_warning", "label_undo"]
-)
+@own_mailboxes
 def test_the_inbox_is_the_users(name: str) -> None:
     """Mails are taken out of what is Mailroom's."""
     assert_each_told(problems(jmap_token=TOKEN, **{name: "inbox"}), [(variable(name), "'inbox'")])

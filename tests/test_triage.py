@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import date
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -1253,20 +1252,19 @@ def recorded(scene: Scene) -> list[Any]:
     return replies
 
 
-WRONG: list[Any] = [None, 7, "x", [], {}, [None], True]
-wrong_values = pytest.mark.parametrize("wrong", WRONG, ids=json.dumps)
+wrong_values = pytest.mark.parametrize(
+    "wrong", [None, 7, "x", [], {}, [None], True], ids=json.dumps
+)
 
 
 @wrong_values
-def test_replies_of_the_wrong_shape_at_every_level(wrong: Any, long: bool) -> None:
-    """They are errors of the server, or they do not matter; and they pass. In a short run each
-    place has every other of the values."""
-    step, first = (1, 0) if long else (2, WRONG.index(wrong) % 2)
+def test_replies_of_the_wrong_shape_at_every_level(wrong: Any) -> None:
+    """They are errors of the server, or they do not matter; and they pass."""
     with Scene() as scene:
         scene.account.add_contact("known@x.example", "Known")
         tried, crashes = 0, list[str]()
         for nth, reply in enumerate(recorded(scene), 1):
-            for path in islice(places(reply), first, None, step):
+            for path in places(reply):
                 scene.tap(scene.new_sender(f"Sender {tried} <s{tried}@x.example>")[0], "@ToFeed")
                 tried += 1
                 scene.server.faults[:] = [Fault(nth=nth, edit=edit_of(path, wrong))]
