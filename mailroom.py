@@ -1,42 +1,47 @@
+# SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["environs>=14.2", "gevent>=24.10", "requests>=2.32", "sseclient-py>=1.8"]
 # ///
 """Mailroom: one tap of a label triages a whole sender.
 
-Put a triage label (say `@ToFeed`) on one mail. Mailroom hears of it over JMAP push, puts the
-sender into the contact group `Feed`, files the sender's mails into `Feed` and takes the label off.
-The labels are the queue, the mails and contact groups are the state; nothing is stored here.
+Put a triage label (say `@ToFeed`) on one message. Mailroom hears of it over JMAP push, puts the
+sender into the contact group `Feed`, files the sender's messages into `Feed` and takes the label
+off. Labels are the queue, messages and contact groups the state; nothing is stored here.
 
     EventSource stream --> sse_listener --> event queue --> debounce --+
                                                                        +--> one triage cycle
     poll timer (fallback, and a safety net while push is up) ----------+
 
-A cycle reads the mailbox as it is, decides with pure functions (`plan_sender`) and then writes in
-an order in which stopping anywhere loses nothing (`STEPS`): contacts, mails, and last the label.
-Whatever was missed or failed, the next cycle sees.
+A cycle reads the account as it is, decides with pure functions (`SenderPlan`) and then writes in
+an order in which stopping anywhere loses nothing: contacts, messages, and last the label. Whatever
+was missed or failed, the next cycle sees.
 
-Read this file from top to bottom: settings, logs, the triage rules, HTTP, JMAP, contacts, push, the
-account, the cycle, the service, and then what is done beside it: rules for mail to come, setup,
-reset. A section needs only those above it. Run it with `python mailroom.py`, or see
-`python mailroom.py --help`.
+A section needs only those above it; `grep '^# .* ####'` lists them.
+
+examples:
+  python mailroom.py                       serve (the same as `run`)
+  python mailroom.py setup                 what the account has and lacks
+  python mailroom.py setup --apply         make what it lacks
+  python mailroom.py run --once --dry-run  what one look at the account would do
+  python mailroom.py reset                 what taking Mailroom out would do
+
+exit status:
+  0    done, or stopped as asked
+  1    a fault in the program (with traceback), or an incomplete setup or reset
+  2    settings, credentials, or an account that lacks something
+  3    `run --once`: a sender could not be triaged, or the server not be reached
+  130  setup or reset: stopped with Ctrl-C
+  141  whoever read the output has gone
 """
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit("Mailroom needs Python 3.11 or newer; this is Python " + sys.version.split()[0])
 
 import os
 import signal
-import sys
-
-# Of a script Python keeps the syntax tree until it ends, 10 MB; of a module it does not. So what is
-# started as `python mailroom.py`, and in no more elaborate way, starts itself as that.
-if (
-    (__name__, sys.argv) == ("__main__", sys.orig_argv[1:])
-    and __file__.endswith("/mailroom.py")
-    and os.pathsep not in __file__
-):
-    _places = [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _places))
-    _command = [sys.executable, "-P", "-m", "mailroom", *sys.argv[1:]]
-    os.execv(sys.executable, _command)  # noqa: S606  (it is this very program)
 
 # Until there is something to stop in good order: Python would print a traceback, and the first
 # process of a container would not hear a signal at all.
@@ -51,72 +56,66 @@ from gevent import monkey
 monkey.patch_all()
 
 import argparse
-import codecs
-import ctypes
-import errno
+import difflib
 import io
-import ipaddress
 import json
 import logging
-import queue
+import quopri
 import random
 import re
 import socket
+import ssl
 import time
+import unicodedata
 import uuid
-import warnings
 from base64 import b64encode
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
-from itertools import chain, combinations, count, islice
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import SplitResult, quote, quote_plus, urljoin, urlsplit
+from functools import partial
+from ipaddress import ip_address
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import quote, quote_plus, urljoin, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import gevent
 import gevent.event
+import gevent.pool
 import gevent.pywsgi
 import gevent.queue
 import requests
 import urllib3
-from environs import Env, FileAwareEnv
-from requests.auth import AuthBase, HTTPBasicAuth
+from environs import FileAwareEnv
+from requests.adapters import HTTPAdapter
+from requests.auth import HTTPBasicAuth
 from sseclient import SSEClient
+from urllib3.connection import HTTPConnection
 
 VERSION = "1.0"
 JSON = dict[str, Any]
-# The errors that say that some input is not what it should be. environs raises ValueErrors,
-# ElementTree SyntaxErrors; OSError is a file's.
-MALFORMED = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    SyntaxError, OSError,
-)  # fmt: skip
-LEVELS = ("debug", "info", "warning", "error")
-LOG = logging.getLogger("mailroom")
 T = TypeVar("T")
+LOG = logging.getLogger("mailroom")
+# The errors that say that some input is not what it should be; ElementTree raises SyntaxErrors.
+MALFORMED = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError
+)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Errors
-# ------------------------------------------------------------------------------------------------
+# Errors ###########################################################################################
 
 
 class MailroomError(Exception):
     """Something a person can act on. Its text is one line: what was wrong, and what to do.
+    `answered`: the server is well and turned down this very request, so that another may do
+    better; `retry_after`: the seconds for which the server wants to be left alone."""
 
-    `answered`: it is not that the server is out of reach or in trouble; `retry_after`: the seconds
-    the server wants to be left alone.
-    """
-
-    answered = True
-    retry_after = 0.0
+    def __init__(self, text: str = "", *, answered: bool = False, retry_after: float = 0) -> None:
+        super().__init__(text)
+        self.answered, self.retry_after = answered, retry_after
 
 
 class ConfigurationError(MailroomError):
@@ -124,72 +123,99 @@ class ConfigurationError(MailroomError):
     succeeded it ends the program with status 2. `problems` holds one line for each thing wrong."""
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("; ".join(problems))
+        super().__init__("; ".join(problems), answered=True)
         self.problems = problems
 
 
+class CredentialsError(ConfigurationError):
+    """The server refuses the token or the password."""
+
+
 class ServerError(MailroomError):
-    """A server could not be reached or did not do what was asked; worth another try. `answered`: it
-    was this very request that the server turned down, so that another may do better."""
-
-    def __init__(self, text: str, *, answered: bool = False, retry_after: float = 0) -> None:
-        super().__init__(text)
-        self.answered = answered
-        self.retry_after = retry_after
+    """A server could not be reached or did not do what was asked; worth another try."""
 
 
-class ShuttingDown(MailroomError):  # noqa: N818  (a reason to stop, not an error)
-    """Raised in place of the next request once the program was asked to stop."""
+# Settings #########################################################################################
+
+PREFIX = "MAILROOM_"
+CATEGORIES = "MAILROOM_TRIAGE_CATEGORIES"
+SECRETS = ("jmap_token", "carddav_password")
+# What stands around a value by accident: blanks, and the byte order mark of an editor.
+BLANKS = " \t\r\n\ufeff"
+QUOTED = re.compile(r"([\"'`]).*\1", re.DOTALL)
+SAFE_URL = "an https:// address (http:// only to this machine itself) without a user name"
+HOW_TO_SIGN_IN = (
+    "an API token, one word without `Bearer` before it (at Fastmail: Settings - Privacy & Security "
+    "- Manage API tokens, scopes Email and Contacts), or a file's path in MAILROOM_JMAP_TOKEN_FILE"
+)
+DEFAULT_CATEGORIES = json.loads("""
+    [{"name": "Imbox", "add_to_inbox": true}, "Feed", "Paper Trail", "Jail",
+     {"name": "Person", "parent": "Imbox", "contact_type": "person"},
+     {"name": "Billboard", "parent": "Paper Trail"}, {"name": "Truck", "parent": "Paper Trail"}]
+""")
+MAX_SHOWN = 500
 
 
-# ------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------
+def plain_name(text: str) -> str:
+    """Return the name of a mailbox, label or group as it is compared: in NFC, no blanks around."""
+    return unicodedata.normalize("NFC", text.strip())
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
+def near_key(text: str) -> str:
+    """Return what two names have in common that a person would take for the same."""
+    return plain_name(text).casefold()
 
 
-def _name(value: Any) -> bool:
-    return _text(value) and bool(value.strip())
-
-
-def _token(value: Any) -> bool:
-    return _name(value) and value.isascii() and " " not in value
-
-
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: not isinstance(value, bool) and low <= value <= high
-
-
-def _one_of(*words: Any) -> Callable[[Any], bool]:
-    return lambda value: value in words
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def truncate(text: str, most: int) -> str:
+    """Return so much of the text that it has at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def is_safe_url(url: Any) -> bool:
-    """Whether a secret may be sent there: https, or plain http to a loopback address. A URL that
-    programs may read in different ways is not safe, nor one that has a secret in itself."""
-    if not isinstance(url, str) or not re.fullmatch(
-        r"https?://[^\s\\@/?#]+([/?#][!-\[\]-~]*)?", url
-    ):
+    """Return whether a secret may be sent there: https, or plain http to a loopback address. A URL
+    that programs may read in different ways is not safe, nor one with a secret in itself."""
+    if not re.fullmatch(r"https?://[^\s\\@/?#]+([/?#][!-\[\]-~]*)?", str(url)):
         return False
     try:
-        host, port = urlsplit(url).hostname or "", urlsplit(url).port
-        if port == 0 or url.startswith("https:"):
-            return port != 0 and bool(host)
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        is_private = parts.scheme == "https" or host == "localhost" or ip_address(host).is_loopback
+        return host != "" and parts.port != 0 and is_private
     except ValueError:
         return False
 
 
+class Rule(NamedTuple):
+    """What a setting, or a key of a category, has to be. `parser`: the method of environs."""
+
+    parser: str
+    is_valid: Callable[[Any], object]
+    expected: str
+
+
+TEXT = Rule("str", lambda value: isinstance(value, str) and value.isprintable(), "one line of text")
+NAME = Rule("str", lambda value: TEXT.is_valid(value) and value.strip(), "a name, on one line")
+FLAG = Rule("bool", lambda value: isinstance(value, bool), "true or false")
+URL = Rule("str", is_safe_url, SAFE_URL)
+TOKEN = Rule("str", lambda value: re.fullmatch("[!-~]+", value), HOW_TO_SIGN_IN)
+PASSWORD = Rule("str", TEXT.is_valid, "the password of the user, on one line, or a file with it")
+POLL = Rule("float", lambda value: 0.01 <= value <= 86400, "seconds, 0.01 to 86400")
+DEBOUNCE = Rule("float", lambda value: 0 <= value <= 600, "seconds, 0 to 600")
+PORT = Rule("int", lambda value: 0 <= value <= 65535, "a port, or 0 for none")
+LEVELS = ("debug", "info", "warning", "error")
+LEVEL = Rule("str", lambda value: value in LEVELS, f"one of {', '.join(LEVELS)}")
+FORMAT = Rule("str", lambda value: value in ("json", "text"), "json or text")
+LIST = Rule("json", lambda value: isinstance(value, list) and value, "a JSON list of categories")
+KIND = Rule("str", lambda value: value in ("company", "person"), "company or person")
+CATEGORY_KEYS = {"name": NAME, "label": NAME, "contact_group": NAME, "destination_mailbox": NAME}
+CATEGORY_KEYS |= {"parent": TEXT, "contact_type": KIND, "add_to_inbox": FLAG}
+UNKNOWN_KEY = Rule("", lambda _: False, f"one of the keys {', '.join(CATEGORY_KEYS)}")
+
+
 @dataclass(frozen=True)
 class Category:
-    """One way to triage a sender. Names are those the user sees; `parent` is a category's name."""
+    """One way to triage a sender, in names that the user sees. The undo label's category has no
+    name and no group, and its destination is the Screener."""
 
     name: str
     label: str
@@ -201,65 +227,27 @@ class Category:
 
     @property
     def undoes(self) -> bool:
-        """Whether this is what the undo label asks for, which has no name."""
         return not self.name
 
 
-DEFAULT_CATEGORIES: list[Any] = [
-    {"name": "Imbox", "add_to_inbox": True},
-    "Feed",
-    "Paper Trail",
-    "Jail",
-    {"name": "Person", "parent": "Imbox", "contact_type": "person"},
-    {"name": "Billboard", "parent": "Paper Trail"},
-    {"name": "Truck", "parent": "Paper Trail"},
-]
-
-
-# {key: (whether a value is accepted, what is)}
-CATEGORY_KEYS = {
-    "name": (_name, "a name"),
-    "label": (_name, "a name"),
-    "contact_group": (_name, "a name"),
-    "destination_mailbox": (_name, "a name"),
-    "parent": (_text, "the name of a category"),
-    "contact_type": (_one_of("company", "person"), "company or person"),
-    "add_to_inbox": (_flag, "true or false"),
-}
-UNKNOWN_KEY = (_one_of(), "one of " + ", ".join(CATEGORY_KEYS))
-
-
-def parse_category(entry: Any) -> Category:
-    """A category from an entry of the list: a name or an object. Raises ConfigurationError."""
-    given = {"name": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, dict) or "name" not in given:
-        raise ConfigurationError(f"{entry!r} is neither a name nor an object with a name")
-    name, problems = given["name"], []
-    for key, value in given.items():
-        fits, accepts = CATEGORY_KEYS.get(key, UNKNOWN_KEY)
-        if not fits(value):
-            problems.append(f"{name!r}: {key}={value!r} is not {accepts}")
-    if problems:
-        raise ConfigurationError(*problems)
-    label = "@To" + "".join(name.split())
-    names = {"label": label, "contact_group": name, "destination_mailbox": name}
-    return Category(**{**names, **given})
-
-
-def parse_categories(entries: Collection[Any]) -> tuple[tuple[Category, ...], list[str]]:
-    """(the categories of the list, what is wrong with its other entries)."""
-    categories: list[Category] = []
-    problems = [] if entries else ["there is no category"]
+def parse_categories(entries: Iterable[Any]) -> tuple[tuple[Category, ...], list[str]]:
+    """Return the categories of a list of names and objects, and a line for each that is bad."""
+    found, problems = [], []
     for entry in entries:
-        try:
-            categories.append(parse_category(entry))
-        except ConfigurationError as error:
-            problems += error.problems
-    return tuple(categories), problems
+        given: JSON = {"name": None, **entry} if isinstance(entry, dict) else {"name": entry}
+        rules = {key: CATEGORY_KEYS.get(key, UNKNOWN_KEY) for key in given}
+        bad = [key for key, rule in rules.items() if not rule.is_valid(given[key])]
+        problems += [f"{CATEGORIES}: {entry!r}: {k}: expected {rules[k].expected}" for k in bad]
+        if not bad:
+            given = {key: plain_name(v) if isinstance(v, str) else v for key, v in given.items()}
+            name, label = given["name"], "@To" + "".join(given["name"].split())
+            names = {"label": label, "contact_group": name, "destination_mailbox": name}
+            found.append(Category(**{**names, **given}))
+    return tuple(found), problems
 
 
 def ancestors(category: Category, categories: Iterable[Category]) -> list[Category]:
-    """The parents of a category, nearest first; ends where one is unknown or comes again."""
+    """Return the parents of a category, nearest first; a sender belongs to all of them."""
     by_name = {each.name: each for each in categories}
     family = [category]
     while (parent := by_name.get(family[-1].parent)) and parent not in family:
@@ -267,807 +255,716 @@ def ancestors(category: Category, categories: Iterable[Category]) -> list[Catego
     return family[1:]
 
 
-def category_problems(categories: Sequence[Category], reserved: Iterable[str]) -> Iterator[str]:
-    """All that is wrong with a set of categories, one line each. `reserved`: the names of the
-    Screener, the error and warning labels and the provenance group."""
-    names, labels = [each.name for each in categories], [each.label for each in categories]
-    yield from (f"the name {name} comes twice" for name, n in Counter(names).items() if n > 1)
-    yield from (f"the label {name} comes twice" for name, n in Counter(labels).items() if n > 1)
-    taken = {name.casefold() for name in reserved}
-    destinations = {each.destination_mailbox.casefold() for each in categories}
-    for each in categories:
-        if each.parent and each.parent not in names:
-            yield f"{each.name}: there is no parent {each.parent}"
-        elif any(above.parent == each.name for above in [each, *ancestors(each, categories)]):
-            yield f"{each.name} is its own ancestor"
-        if each.destination_mailbox.casefold() == "inbox":
-            yield f'{each.name}: the destination is the Inbox; say "add_to_inbox": true instead'
-        for used in sorted({each.label, each.contact_group, each.destination_mailbox}):
-            if used.casefold() in taken:
-                yield f"{each.name}: {used} is the name of something else of Mailroom's"
-        if each.label.casefold() in destinations | {"inbox"}:
-            yield f"{each.name}: the label {each.label} is also a destination"
-    for one, other in combinations(categories, 2):
-        related = one in ancestors(other, categories) or other in ancestors(one, categories)
-        same = one.contact_group.casefold() == other.contact_group.casefold()
-        if same and one.name != other.name and not related:
-            yield f"{one.name} and {other.name} share the group {one.contact_group}"
+class SettingsReader(FileAwareEnv):
+    """environs, with keywords before the environment; what is empty counts as not set. `problems`:
+    a line for each setting that is bad; `names`: {variable: name} of those that name something."""
 
+    def __init__(self, keywords: Mapping[str, Any]) -> None:
+        super().__init__(prefix=PREFIX)
+        self.problems: list[str] = []
+        self.names: dict[str, str] = {}
+        self._keywords = {PREFIX + name.upper(): value for name, value in keywords.items()}
+        self._given: Any = ""  # the last value, as it was given
 
-class Setting(NamedTuple):
-    """A row of the settings table: the environs parser, the default (`...`: required), what the
-    user is told is accepted, and whether a parsed value is."""
+    def _get_value(self, env_key: str, default: Any) -> Any:
+        self._given, is_keyword = "", env_key in self._keywords
+        value = self._keywords[env_key] if is_keyword else super()._get_value(env_key, "")
+        self._given = value.strip(BLANKS) if isinstance(value, str) else value
+        return default if self._given == "" else self._given
 
-    parser: str
-    default: Any
-    accepts: str
-    fits: Callable[[Any], bool]
-    secret: bool = False
+    def read(self, name: str, default: Any, rule: Rule) -> Any:
+        """Return a setting, or else the default (`...`: it is required)."""
+        try:
+            value = getattr(self, rule.parser)(name.upper(), default)
+            if not rule.is_valid(value) or QUOTED.fullmatch(str(value)):
+                raise ValueError
+        except (ValueError, OSError, RecursionError) as error:
+            self.problems.append(self._complaint(name, rule, error))
+            return default
+        if rule is NAME:
+            value = self.names[PREFIX + name.upper()] = plain_name(value)
+        return value
 
-
-def default_log_format() -> str:
-    """For people on a terminal, for programs elsewhere."""
-    return "text" if sys.stderr.isatty() else "json"
-
-
-SAFE_URL = "an https:// address (http:// only to this machine itself) without a user name"
-MAILBOX = "the name of a mailbox"
-
-
-def setting(*row: Any) -> Any:
-    """A row of the table; the type checker is told of the setting's value in its place."""
-    return Setting(*row)
+    def _complaint(self, name: str, rule: Rule, error: BaseException) -> str:
+        """Return the variable, its value (never a secret's), the reason, and what is expected."""
+        variable, value = PREFIX + name.upper(), str(self._given)
+        path = "" if variable in self._keywords else os.environ.get(f"{variable}_FILE", "")
+        shown = f"={self._given!r}" if value and name not in SECRETS else ""
+        if rule is URL:  # It may have a user's name and password in it.
+            shown = re.sub("=.*@", "='[secret]@", shown)
+        # A path of another look may be the secret itself, in the wrong variable.
+        where = f" (in the file {path!r})" if path.startswith(("/", ".")) else ""
+        while error.__cause__:
+            error = error.__cause__
+        reasons = [
+            (QUOTED.fullmatch(value or path), "take off the quotes, which some env files keep"),
+            (value[:6] == "tcp://", "Kubernetes sets it; `enableServiceLinks: false` in the pod"),
+            (isinstance(error, UnicodeDecodeError | json.JSONDecodeError), str(error)),
+            (isinstance(error, OSError), getattr(error, "strerror", "")),
+            (not value, "the file is empty" if path else "not set"),
+        ]
+        reason = next((f"{text}; " for is_so, text in reasons if is_so), "")
+        return f"{variable}{truncate(shown, MAX_SHOWN)}{where}: {reason}expected {rule.expected}"
 
 
 class MailroomSettings:
-    """The settings, read from the environment when constructed; keyword arguments override it.
+    """The settings, from the environment (`MAILROOM_` and the name in upper case) or from keywords.
+    Raises ConfigurationError with a line for each bad setting, TypeError for one that is none."""
 
-    Each is the variable `MAILROOM_` and its name in upper case; empty counts as not set. Raises
-    ConfigurationError with a line for every bad setting, TypeError for a keyword that is none.
-    """
-
-    jmap_token: str = setting("str", ..., "an API token", _token, True)
-    jmap_url: str = setting("str", "https://api.fastmail.com/jmap/session", SAFE_URL, is_safe_url)
-    jmap_username: str = setting("str", "", "a user name", _text)
-    carddav_username: str = setting("str", "", "a user name", _text)
-    carddav_password: str = setting("str", "", "a password", _text, True)
-    carddav_url: str = setting("str", "https://carddav.fastmail.com", SAFE_URL, is_safe_url)
-    poll_interval: int = setting("int", 60, "whole seconds, 1 to 86400", _number(0.01, 86400))
-    debounce_seconds: float = setting("float", 3.0, "seconds, 0 to 600", _number(0, 600))
-    log_level: str = setting("str", "info", f"one of {', '.join(LEVELS)}", _one_of(*LEVELS))
-    log_format: str = setting("str", default_log_format, "json or text", _one_of("json", "text"))
-    screener_mailbox: str = setting("str", "Screener", MAILBOX, _name)
-    label_mailroom_error: str = setting("str", "@MailroomError", MAILBOX, _name)
-    label_mailroom_warning: str = setting("str", "@MailroomWarning", MAILBOX, _name)
-    label_undo: str = setting("str", "@ToScreener", MAILBOX, _name)
-    warnings_enabled: bool = setting("bool", True, "true or false", _flag)
-    provenance_group: str = setting("str", "Mailroom", "the name of a contact group", _name)
-    triage_categories: tuple[Category, ...] = setting(
-        "json", DEFAULT_CATEGORIES, "a JSON list of categories", lambda value: type(value) is list
-    )
-    health_host: str = setting("str", "127.0.0.1", "an address to listen on", _name)
-    health_port: int = setting("int", 8080, "a port, or 0 for none", _number(0, 65535))
-
-    def __init__(self, **overrides: Any) -> None:
-        if unknown := overrides.keys() - SETTINGS.keys():
+    def __init__(self, **keywords: Any) -> None:
+        reader = SettingsReader(keywords)
+        read = reader.read
+        self.jmap_username: str = read("jmap_username", "", TEXT)
+        self.jmap_token: str = read("jmap_token", ..., PASSWORD if self.jmap_username else TOKEN)
+        self.jmap_url: str = read("jmap_url", "https://api.fastmail.com/jmap/session", URL)
+        self.carddav_username: str = read("carddav_username", "", TEXT)
+        needed = ... if self.carddav_username else ""
+        self.carddav_password: str = read("carddav_password", needed, PASSWORD)
+        self.carddav_url: str = read("carddav_url", "https://carddav.fastmail.com", URL)
+        self.poll_interval: float = read("poll_interval", 60, POLL)
+        self.debounce_seconds: float = read("debounce_seconds", 3, DEBOUNCE)
+        self.log_level: str = read("log_level", "info", LEVEL)
+        self.log_format: str = read("log_format", "text" if sys.stderr.isatty() else "json", FORMAT)
+        self.screener_mailbox: str = read("screener_mailbox", "Screener", NAME)
+        self.label_mailroom_error: str = read("label_mailroom_error", "@MailroomError", NAME)
+        self.label_mailroom_warning: str = read("label_mailroom_warning", "@MailroomWarning", NAME)
+        self.label_undo: str = read("label_undo", "@ToScreener", NAME)
+        self.warnings_enabled: bool = read("warnings_enabled", True, FLAG)
+        self.provenance_group: str = read("provenance_group", "Mailroom", NAME)
+        entries = read("triage_categories", DEFAULT_CATEGORIES, LIST)
+        self.triage_categories, wrong = parse_categories(entries)
+        self.health_host: str = read("health_host", "127.0.0.1", TEXT)
+        self.health_port: int = read("health_port", 8080, PORT)
+        if unknown := keywords.keys() - vars(self).keys():
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-        problems: list[str] = []
-        for name, row in SETTINGS.items():
-            try:
-                setattr(self, name, read_setting(name, overrides))
-            except ConfigurationError as error:
-                problems += error.problems
-                setattr(self, name, row.default)
-        if problems := [*problems, *self._check_together()]:
-            raise ConfigurationError(*problems)
+        if problems := [*reader.problems, *wrong, *self._conflicts(reader.names)]:
+            raise ConfigurationError(*problems, *self.warnings)
 
-    def _check_together(self) -> Iterator[str]:
-        if self.carddav_username and not self.carddav_password:
-            yield "MAILROOM_CARDDAV_USERNAME is set: give MAILROOM_CARDDAV_PASSWORD too"
-        own = ("screener_mailbox", "label_mailroom_error", "label_mailroom_warning", "label_undo")
-        reserved = [getattr(self, name) for name in own]
-        if len({name.casefold() for name in reserved}) < len(reserved):
-            shown = (f"MAILROOM_{name.upper()}={getattr(self, name)!r}" for name in own)
-            yield f"{', '.join(shown)}: give each a name of its own"
-        for name, value in zip(own, reserved, strict=True):
-            if value.casefold() == "inbox":
-                yield f"MAILROOM_{name.upper()}={value!r}: give another, the Inbox is yours"
-        reserved.append(self.provenance_group)
-        self.triage_categories, problems = parse_categories(self.triage_categories)
-        for problem in [*problems, *category_problems(self.triage_categories, reserved)]:
-            yield f"MAILROOM_TRIAGE_CATEGORIES: {problem}"
+    def _conflicts(self, names: Mapping[str, str]) -> Iterator[str]:
+        """Yield a line for each thing wrong between settings that are good by themselves."""
+        categories = self.triage_categories
+        labels = [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
+        taken = {"inbox": 'the Inbox, for which there is "add_to_inbox"'}
+        for what, name in [*names.items(), *labels]:
+            if near_key(name) in taken:
+                yield f"{what}: the name {name!r} is taken by {taken[near_key(name)]}"
+            taken.setdefault(near_key(name), what)
+        by_name, by_group = dict[str, Category](), dict[str, Category]()
+        for each in categories:
+            where, line = f"{CATEGORIES}: {each.name}", [each, *ancestors(each, categories)]
+            for name in dict.fromkeys([each.destination_mailbox, each.contact_group]):
+                if near_key(name) in taken:
+                    yield f"{where}: the name {name!r} is taken by {taken[near_key(name)]}"
+            if parent := line[-1].parent:
+                yield f"{where}: there is no parent {parent}, or it is its own ancestor"
+            if by_name.setdefault(each.name, each) is not each:
+                yield f"{where}: the name comes twice"
+            other = by_group.setdefault(near_key(each.contact_group), each)
+            if other not in line and each not in ancestors(other, categories):
+                yield f"{where}: it shares the group {each.contact_group} with {other.name}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each variable that is no setting: no error, since Kubernetes sets some."""
+        known = [PREFIX + name.upper() + end for name in vars(self) for end in ("", "_FILE")]
+        odd = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+        near = (difflib.get_close_matches(name, known, 1, 0)[0] for name in odd)
+        return list(map("{} is not a setting; the nearest is {}".format, odd, near))
 
     @property
     def undo(self) -> Category:
         """What the undo label asks for: no group, and the Screener."""
         return Category("", self.label_undo, "", self.screener_mailbox)
 
-    def __repr__(self) -> str:
-        shown = (f"{n}={getattr(self, n)!r}" for n, row in SETTINGS.items() if not row.secret)
-        return f"MailroomSettings({', '.join(shown)})"
-
-    def shown(self, text: str) -> str:
-        """A text without secrets, and short enough: in this order, or half a secret would stay."""
-        text = self.redact(text)
-        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-    def redact(self, text: str) -> str:
-        """The text with every secret in it blotted out, in whatever form."""
-        forms: set[str] = set()
-        for secret in filter(None, (self.jmap_token, self.carddav_password)):
-            forms |= written_forms(secret, {self.jmap_username, self.carddav_username})
-        # The longest first, or one that another begins with would leave the rest of it.
+    def redact(self, text: str, most: int = 0) -> str:
+        """Return the text with every secret blotted out, and only then cut to so many characters.
+        The longest spelling goes first: it may begin with another, whose rest would stay."""
+        forms = {form for name in SECRETS for form in written_forms(getattr(self, name))}
         for form in sorted(forms, key=len, reverse=True):
             text = text.replace(form, "[secret]")
-        return text
+        return truncate(text, most) if most else text
 
 
-def written_forms(secret: str, users: Iterable[str]) -> set[str]:
-    """A secret as it may come in a text: plain, in a header, as JSON, Python and URLs write it, and
-    as the password of HTTP Basic."""
-    plain = {secret, secret.encode().decode("latin-1")}
-    escaped = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    escaped |= {repr(secret)[1:-1], quote(secret), quote(secret, ""), quote_plus(secret)}
-    return plain | escaped | {b64encode(f"{user}:{secret}".encode()).decode() for user in users}
+def written_forms(secret: str) -> set[str]:
+    """Return a secret as texts may have it: plain, in JSON, Python or a URL, in base64 anywhere."""
+    octets = secret.encode()
+    forms = {secret, octets.decode("latin-1"), repr(secret)[1:-1]}
+    forms |= {quote(secret), quote(secret, ""), quote_plus(secret)}
+    forms |= {json.dumps(secret, ensure_ascii=is_plain)[1:-1] for is_plain in (True, False)}
+    for offset in range(3):
+        # Only the characters that the secret alone decides; three octets make four of them.
+        padded = bytes(offset) + octets
+        whole = b64encode(padded).decode()[(offset * 8 + 5) // 6 : len(padded) * 8 // 6]
+        forms |= {whole, whole.replace("+", "-").replace("/", "_")}
+    return forms - {""}
 
 
-SETTINGS = {n: row for n, row in vars(MailroomSettings).items() if isinstance(row, Setting)}
-
-
-def read_setting(name: str, overrides: Mapping[str, Any]) -> Any:
-    """One setting's value, from the overrides, the environment or the defaults.
-
-    Raises ConfigurationError that names the variable, its value (never a secret's) and what is
-    accepted.
-    """
-    variable, row = f"MAILROOM_{name.upper()}", SETTINGS[name]
-    env = FileAwareEnv(strip_whitespace=True) if row.secret else Env()
-    try:
-        if name in overrides:
-            value = overrides[name]
-        elif env.str(variable, ""):
-            value = getattr(env, row.parser)(variable)
-        else:
-            value = row.default() if callable(row.default) else row.default
-        if row.fits(value):
-            return value
-    except MALFORMED:
-        value = overrides.get(name, os.environ.get(variable))
-    source = os.environ.get(f"{variable}_FILE", "")
-    # Without a slash it may be the secret itself, given in the wrong variable.
-    shown = (f" (in the file {source!r})" if "/" in source else "") if row.secret else f"={value!r}"
-    if row.fits is is_safe_url:  # It may have a user's name and password in it.
-        shown = re.sub("^=.*@", "='[secret]@", shown)
-    or_file = f", or in {variable}_FILE the path of its file" if row.secret else ""
-    raise ConfigurationError(f"{variable}{shown}: give {row.accepts}{or_file}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Logs
-# ------------------------------------------------------------------------------------------------
+# Logs #############################################################################################
 
 # What could end a line of a log or a vCard, or command a terminal.
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-# A server's text is kept up to so many characters, to save memory, and shown up to so many.
-MAX_SAID = 10_000
-MAX_SHOWN = 500
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    return CONTROLS.sub(" ", text)
 
 
 def now_iso() -> str:
-    """The time as RFC 3339 has it, in UTC."""
+    """Return the time as RFC 3339 has it, in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def fields(**values: Any) -> JSON:
-    """What goes with a log message, as the `extra` of a logging call."""
+    """Return what goes with a log message, as the `extra` of a logging call."""
     return {"fields": values}
 
 
 class LogFormatter(logging.Formatter):
-    """A record as one line: JSON for programs, or text for people; no secret gets through."""
+    """Writes a record as one line, JSON for programs or text for people; no secret gets through."""
 
     def __init__(self, settings: MailroomSettings) -> None:
         super().__init__()
-        self._as_json = settings.log_format == "json"
         self._settings = settings
 
     def format(self, record: logging.LogRecord) -> str:
+        redact, level = self._settings.redact, record.levelname.lower()
         values = {"event": record.getMessage(), **getattr(record, "fields", {})}
-        values = {
-            key: self._settings.shown(value) if isinstance(value, str) else value
-            for key, value in values.items()
-        }
-        level = record.levelname.lower()
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
-        trace = self._settings.redact(trace)
-        trace = "\n".join(CONTROLS.sub(" ", line) for line in trace.split("\n"))
-        if self._as_json:
-            traceback = {"traceback": trace} if trace else {}
-            return json.dumps({"time": now_iso(), "level": level, **values, **traceback})
-        event = CONTROLS.sub(" ", values.pop("event"))
-        told = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-        line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {told}".rstrip()
-        return "\n".join(filter(None, [line, trace]))
+        for key, value in values.items():
+            values[key] = redact(value, MAX_SHOWN) if isinstance(value, str) else value
+        trace = redact(self.formatException(record.exc_info)) if record.exc_info else ""
+        if self._settings.log_format == "json":
+            values |= {"traceback": trace} if trace else {}
+            return json.dumps({"time": now_iso(), "level": level, **values})
+        event = values.pop("event")
+        pairs = (f"{key}={json.dumps(each, ensure_ascii=False)}" for key, each in values.items())
+        line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {' '.join(pairs)}".rstrip()
+        # A line of a traceback is no line of the log, whoever wrote it.
+        return "\n".join(map(one_line, [line, *(f"  {each}" for each in trace.splitlines())]))
 
 
-def start_logging(settings: MailroomSettings) -> None:
-    """Send the log to stderr, and nothing else: a cookie can make Python's library warn there."""
-    warnings.filterwarnings("ignore", module="http.cookiejar")
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(settings))
-    LOG.handlers[:] = [handler]
-    LOG.propagate = False
-    LOG.setLevel(settings.log_level.upper())
-
-
-# ------------------------------------------------------------------------------------------------
-# The triage rules: plain values in, plain values out
-# ------------------------------------------------------------------------------------------------
+# The triage rules: plain values in, plain values out ##############################################
 
 CREATED_NOTE = "Created by Mailroom"
-UIDS_IN_LINE = 9
-MailPatch = dict[str, bool | None]
+MARK = re.compile(CREATED_NOTE + r' on \d{4}-\d\d-\d\d as "([^\n]*)"')
+# For one address: a contact may have been given another one since, and keeps its uid.
+MAX_UIDS = 9
+MAX_NAME = 200
+# What stands behind the comma of a name that is not turned round.
+SUFFIXES = {"inc", "llc", "ltd", "gmbh", "ag", "co", "corp", "jr", "sr", "md", "phd"}
+QUOTES = ('""', "''", "\u201c\u201d", "\u2018\u2019")
+ADDRESS = re.compile(r"[^\s<>]+@[^\s<>@]+")
+UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+IS_THE_USER = "the sender is the user"
+Patch = dict[str, bool | None]
+# {sender, message or card: why it failed, was refused or has to wait}
+Reasons = dict[str, str]
+# {sender: what the label asks for}
+Wanted = dict[str, Category]
+# What the account has to have: ("mailbox", "label" or "contact group", its name)
+Need = tuple[str, str]
+
+
+def address_key(text: str) -> str:
+    """Return an address in the form in which two are compared, empty for what is none: in NFC, with
+    ASCII letters in lower case and the domain's labels as A-labels (RFC 5890 section 2.3.2.1)."""
+    # NFC alone makes a K of the Kelvin sign, and the address another's.
+    parts = text.strip(" \t\r\n").split("\u212a")
+    text = "\u212a".join(unicodedata.normalize("NFC", part) for part in parts)
+    if not (ADDRESS.fullmatch(text) and text.isprintable()):
+        return ""
+    lowered = "".join(letter.lower() if letter.isascii() else letter for letter in text)
+    local, _, domain = lowered.rpartition("@")
+    if not domain.isascii():
+        with suppress(UnicodeError):
+            encoded = domain.encode("idna")
+            # The codec takes some letters for others, such as the Kelvin sign for a k.
+            domain = encoded.decode() if encoded.decode("idna") == domain else domain
+    return f"{local}@{domain}"
+
+
+def spellings(key: str) -> set[str]:
+    """Return the ways in which an address may be written, for a search: the domain in A-labels and
+    in U-labels, each in NFC and NFD."""
+    local, _, domain = key.rpartition("@")
+    forms = [key]
+    with suppress(UnicodeError):
+        forms.append(f"{local}@{domain.encode('ascii').decode('idna')}")
+    return {unicodedata.normalize(form, each) for each in forms for form in ("NFC", "NFD")}
+
+
+def uid_key(uid: str) -> str:
+    """Return a uid, or a group's member, as it is compared. A member may be an address."""
+    if uid[:7].lower() == "mailto:":
+        return f"mailto:{address_key(uid[7:])}"
+    bare = uid[9:] if uid[:9].lower() == "urn:uuid:" else uid
+    return bare.lower() if UUID.fullmatch(bare) else bare
+
+
+def fold_name(text: str) -> str:
+    """Return a name in NFC, unquoted, white space folded; empty for one that shows nothing."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    while len(text) > 1 and text[0] + text[-1] in QUOTES:
+        text = text[1:-1].strip()
+    is_visible = any(unicodedata.category(letter)[0] not in "CZM" for letter in text)
+    return text if is_visible else ""
+
+
+def turn_round(name: str) -> str:
+    """Return `Last, First` as `First Last`; what follows the comma may be a suffix instead."""
+    last, comma, first = name.partition(", ")
+    suffix = first.partition(" ")[0].replace(".", "").casefold()
+    return name if not comma or "," in first or suffix in SUFFIXES else f"{first} {last}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return (given name, surname) of a person's full name."""
+    given, blank, surname = name.rpartition(" ")
+    return (given, surname) if blank else (name, "")
+
+
+def name_differs(contact: str, display_name: str) -> bool:
+    """Return whether the user knows the sender under another name than the message gives."""
+    one, other = (turn_round(fold_name(name)).casefold() for name in (contact, display_name))
+    return bool(one and other) and one != other and not (address_key(one) or address_key(other))
 
 
 @dataclass(frozen=True, slots=True)
-class Mail:
-    """What triage has to know of a mail. `sender`: the first From address in lower case, empty
-    where there is none; `mailboxes`: ids; `received`: a UTCDate (RFC 8620 section 1.4)."""
+class Email:
+    """What triage has to know of a message. `sender`: the key of the first From address, empty
+    without one; `address`: as it is written; `mailboxes`: ids; `received`: a UTCDate (RFC 8620
+    section 1.4); `is_forged`: the receiving server says that DMARC failed."""
 
     id: str
     sender: str
+    address: str
     display_name: str
     mailboxes: frozenset[str]
     received: str = ""
+    is_forged: bool = False
 
-    def patched(self, patch: MailPatch) -> "Mail":
-        """The mail as it is once the patch is applied."""
-        changed = {path.removeprefix("mailboxIds/"): stays for path, stays in patch.items()}
-        added = {box for box, stays in changed.items() if stays}
-        return replace(self, mailboxes=(self.mailboxes | added) - (changed.keys() - added))
+    def patched(self, patch: Patch) -> "Email":
+        """Return the message as it is once the patch is applied."""
+        boxes = dict.fromkeys(self.mailboxes, True) | {path[11:]: patch[path] for path in patch}
+        return replace(self, mailboxes=frozenset(box for box in boxes if boxes[box]))
+
+    def patch(self, add: Iterable[str], remove: Iterable[str]) -> Patch:
+        """Return the Email/set patch (RFC 8621 section 4.6) that puts the message into and takes it
+        out of mailboxes; empty when nothing has to change. One that takes a mailbox away names one
+        that stays: a server may otherwise delete a message that has meanwhile left all others."""
+        added = set(add) - {""}
+        stays = (self.mailboxes | added) - set(remove)
+        gone = self.mailboxes - stays
+        if not stays or not (gone or added - self.mailboxes):
+            return {}
+        patch: Patch = dict.fromkeys(added & stays or {min(stays)}, True) | dict.fromkeys(gone)
+        return {f"mailboxIds/{box}": patch[box] for box in sorted(patch)}
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A contact, or a group of contacts, wherever it is kept. `ref` is the store's own handle,
-    `notes` its texts by the store's own keys, `members` the uids of a group's contacts."""
+    """A contact, or a group of contacts, wherever it is kept. `ref`: the store's own handle; `uid`:
+    as it is written; `emails`: address keys; `members`: {as it is written: its key} of a group;
+    `is_ours`: it lies in the address book that is Mailroom's; `is_untouched`: Mailroom made it and
+    nobody has changed it since (of a group: but for the members); `problem`: why it cannot be
+    understood, if it cannot."""
 
-    uid: str
     ref: str
+    uid: str = ""
     name: str = ""
     emails: frozenset[str] = frozenset()
-    notes: Mapping[str, str] = field(default_factory=dict)
-    created: str = ""
     is_group: bool = False
-    members: frozenset[str] = frozenset()
+    members: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+    is_ours: bool = True
+    is_untouched: bool = False
+    problem: str = ""
 
     @property
-    def note_lines(self) -> list[str]:
-        return [line for text in self.notes.values() for line in text.splitlines()]
+    def group_name(self) -> str:
+        """The name of a group in Mailroom's address book, else empty."""
+        return self.name if self.is_group and self.is_ours and not self.problem else ""
+
+    @property
+    def keys(self) -> set[str]:
+        """By what a group may name this contact: its uid, or one of its addresses."""
+        return {uid_key(self.uid), *(f"mailto:{address}" for address in self.emails)}
+
+    def members_among(self, keys: Collection[str]) -> frozenset[str]:
+        """Return the members with one of the keys, as they are written."""
+        return frozenset(member for member, key in self.members.items() if key in keys)
 
 
 @dataclass(frozen=True)
 class CardChange:
-    """What to do with one card. Without `card` one is made, of the `kind` "company", "person" or
-    "group"; with an empty kind nothing is done. `name` goes to a card that has none, `note` are
-    lines to add, `clean` takes Mailroom's own lines out of the notes, `destroy` the whole card
-    away, `add` and `remove` are the uids that join or leave a group."""
+    """A write to one card: a contact is made or deleted whole, a group is made or deleted, or its
+    members are edited. Without `card` one is made, of the `kind` "company", "person" or "group"."""
 
-    uid: str
     card: Card | None = None
-    kind: str = "company"
-    address: str = ""
+    uid: str = ""
+    kind: str = ""
     name: str = ""
-    note: tuple[str, ...] = ()
-    clean: bool = False
-    destroy: bool = False
+    address: str = ""
+    note: str = ""
     add: frozenset[str] = frozenset()
     remove: frozenset[str] = frozenset()
+    deletes: bool = False
 
     @property
-    def fate(self) -> str:
-        """What becomes of the card, in a word."""
-        if not self.card:
-            return "created" if self.kind else "none"
-        return "deleted" if self.destroy else "known"
+    def key(self) -> str:
+        """By what a store refuses it."""
+        return self.card.ref if self.card else self.uid
+
+
+CardChanges = dict[str, CardChange]
+
+
+def merge_changes(parts: Iterable[CardChanges]) -> CardChanges:
+    """Return {key: change} of all parts; several changes of a group's members are one."""
+    merged: CardChanges = {}
+    for key, change in (item for part in parts for item in part.items()):
+        one = merged.get(key, change)
+        merged[key] = replace(one, add=one.add | change.add, remove=one.remove | change.remove)
+    return merged
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """The ids of the mailboxes that Mailroom works with. `labels`: {id: its category}, the undo
-    label among them where there is one; `destinations`: {category: id}; `warning` is empty when
-    warnings are off."""
+class Mailbox:
+    """A mailbox. `path`: its name behind those above it; `total`: how many messages are in it."""
 
-    inbox: str
-    screener: str
-    error: str
-    warning: str
-    labels: Mapping[str, Category]
-    destinations: Mapping[Category, str]
-
-    @property
-    def managed(self) -> frozenset[str]:
-        """What a sender's mails may be taken out of: the Screener and all destinations."""
-        return frozenset({self.screener, *self.destinations.values()})
-
-    def label_of(self, category: Category) -> str:
-        return next(box for box, each in self.labels.items() if each == category)
-
-    @property
-    def queue(self) -> frozenset[str]:
-        """Where a cycle looks for work: the triage labels and the error label."""
-        return frozenset({*self.labels, self.error})
+    id: str
+    name: str
+    path: str
+    role: str
+    total: int
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What triage decides by: the categories, the provenance group, and the date for notes."""
+class Account:
+    """What the account has of what the settings name; ids are empty for what is not there.
+    `groups`: those in Mailroom's address book, by name; `labels`: {id: its category}, that of undo
+    among them; `destinations`: {category's name: id}; `outgoing`: the mailboxes with the role sent
+    or drafts; `group_names`, `own_names`: of the categories' groups, of all of Mailroom's;
+    `missing`: {need: a near name, or empty}."""
 
-    categories: tuple[Category, ...]
-    provenance_group: str
-    today: date
+    def __init__(
+        self, settings: MailroomSettings, mailboxes: list[Mailbox], cards: Iterable[Card]
+    ) -> None:
+        self.settings, self.mailboxes = settings, mailboxes
+        self.categories = settings.triage_categories
+        # Of several with one name the first; a path goes before a name further down.
+        ours = sorted((card for card in cards if card.group_name), key=lambda card: card.uid)
+        self.groups = {group.name: group for group in reversed(ours)}
+        ids = {each.name: each.id for each in reversed(mailboxes)}
+        ids |= {each.path: each.id for each in reversed(mailboxes)}
+        self.inbox = next((each.id for each in mailboxes if each.role == "inbox"), "")
+        self.outgoing = {each.id for each in mailboxes if each.role in ("sent", "drafts")}
+        self.screener = ids.get(settings.screener_mailbox, "")
+        self.error = ids.get(settings.label_mailroom_error, "")
+        self.warning = ids.get(settings.label_mailroom_warning, "")
+        asked = (*self.categories, settings.undo)
+        self.labels = {ids[each.label]: each for each in asked if each.label in ids}
+        filed = {each.name: ids.get(each.destination_mailbox, "") for each in self.categories}
+        self.destinations = {name: box for name, box in filed.items() if box}
+        self.managed = frozenset({self.screener, *self.destinations.values()})
+        self.queue = frozenset({*self.labels, self.error}) - {""}
+        self.marks = frozenset({*self.queue, self.warning}) - {""}
+        self.group_names = {each.contact_group for each in self.categories}
+        self.own_names = self.group_names | {settings.provenance_group}
+        self.missing: dict[Need, str] = {}
+        for kind, name in needs_of(settings):
+            names: Iterable[str] = self.groups if kind == "contact group" else ids
+            if name not in names:
+                near = (each for each in names if near_key(each) == near_key(name))
+                self.missing[kind, name] = next(near, "")
 
     def family(self, category: Category) -> list[Category]:
-        """The category and its ancestors: a sender belongs to all of them."""
-        return [category, *ancestors(category, self.categories)]
+        """Return the category and its ancestors, nearest first; for undo nothing."""
+        return [] if category.undoes else [category, *ancestors(category, self.categories)]
 
-    def is_managed(self, card: Card) -> bool:
-        """Whether a card is a category's group."""
-        return card.is_group and card.name in {each.contact_group for each in self.categories}
+    def lacks(self, needs: Iterable[Need]) -> str:
+        """Return what is missing of some needs, to be put behind "has no"; empty if nothing is."""
+        named = [f'{need[0]} "{need[1]}"' for need in needs if need in self.missing]
+        near = [f' (but there is "{name}": rename that)' for name in self.missing.values() if name]
+        return truncate(", ".join(named), 200) + "".join(near[:1]) if named else ""
 
-    def is_own(self, card: Card) -> bool:
-        """Whether a card is a group of Mailroom's: a category's, or that of provenance."""
-        return self.is_managed(card) or (card.is_group and card.name == self.provenance_group)
+    def problems(self) -> list[str]:
+        """Return a line for each reason why nothing can work here."""
+        used = [name for name, box in self.destinations.items() if box in self.outgoing]
+        lines = [f"{name}: its mailbox is for what you send" for name in used]
+        if not self.inbox:
+            lines.append("the account has no mailbox with the role of the Inbox")
+        labelled = [each for each in self.labels.values() if not each.undoes]
+        if not self.screener or all(self.lacks(self.needs_for(each)) for each in labelled):
+            lines.append(f"the account has no {self.lacks(self.missing)}: `setup --apply` makes it")
+        return lines
 
-    def foreign_groups(self, cards: Iterable[Card]) -> list[Card]:
-        """The user's own groups."""
-        return [card for card in cards if card.is_group and not self.is_own(card)]
+    def needs_for(self, category: Category) -> list[Need]:
+        """Return what a category and its ancestors file with."""
+        relatives = self.family(category)
+        boxes = [("mailbox", each.destination_mailbox) for each in relatives]
+        return boxes + [("contact group", each.contact_group) for each in relatives]
+
+    def undo_patch(self, email: Email, labels: Iterable[str]) -> Patch:
+        """Return the patch that takes a message out of what triage put it into (the Inbox where a
+        category may have done so), and labels off; unless it lies in a mailbox of the user's, it
+        goes back to the Screener."""
+        destinations = self.managed - {self.screener}
+        gone = {*labels, *destinations}
+        if email.mailboxes & destinations and any(each.add_to_inbox for each in self.categories):
+            gone.add(self.inbox)
+        is_homeless = email.mailboxes <= gone | self.marks
+        return email.patch([self.screener] if is_homeless else [], gone)
+
+    def resolve_labels(self, emails: Iterable[Email], own: Set[str]) -> tuple[Wanted, Reasons]:
+        """Return what the labels on some messages ask for: {sender: category}, and {sender: why it
+        cannot be done}. `own`: the user's addresses, `*@domain` for all of a domain."""
+        asked: dict[str, set[str]] = defaultdict(set)
+        for email in emails:
+            labels = email.mailboxes & self.labels.keys()
+            if labels and not email.mailboxes & self.outgoing:
+                asked[email.sender] |= labels
+        wrong = {who: f"several labels for {who}" for who in asked if len(asked[who]) > 1}
+        mine = (who for who in asked if {who, f"*@{who.rpartition('@')[2]}"} & own)
+        wrong |= dict.fromkeys(mine, IS_THE_USER)
+        wrong |= {who: "it has no sender" for who in asked if not who}
+        return {who: self.labels[min(asked[who])] for who in asked if who not in wrong}, wrong
+
+    def find_contact(self, address: str, cards: Iterable[Card]) -> Card | None:
+        """Return the contact with this address: one in a category's group before others, then the
+        oldest. Raises ValueError where one that has it cannot be understood."""
+        found = [card for card in cards if address in card.emails and not card.is_group]
+        if bad := [card for card in found if card.problem]:
+            raise ValueError(f'the card "{bad[0].name or bad[0].ref}" has it and {bad[0].problem}')
+        groups = [card for card in cards if card.group_name in self.group_names]
+        grouped = {key for group in groups for key in group.members.values()}
+        found.sort(key=lambda card: (not card.keys & grouped, card.created or "~", card.uid))
+        return next(iter(found), None)
+
+    def deletions(self, contacts: Iterable[Card], cards: Iterable[Card]) -> CardChanges:
+        """Return the changes that delete untouched contacts that are in no group of the user's."""
+        groups = [card for card in cards if card.is_group]
+        foreign = [group for group in groups if group.group_name not in self.own_names]
+        used = {key for group in foreign for key in group.members.values()}
+        made = [card for card in contacts if card.is_untouched and card.is_ours]
+        return {c.ref: CardChange(c, deletes=True) for c in made if c.keys.isdisjoint(used)}
+
+
+def needs_of(settings: MailroomSettings) -> list[Need]:
+    """Return what the account has to have beside the Inbox."""
+    needs = [("mailbox", settings.screener_mailbox)]
+    for each in settings.triage_categories:
+        needs += [("label", each.label), ("mailbox", each.destination_mailbox)]
+        needs.append(("contact group", each.contact_group))
+    needs += [("label", settings.label_undo), ("label", settings.label_mailroom_error)]
+    needs += [("label", settings.label_mailroom_warning)] if settings.warnings_enabled else []
+    return list(dict.fromkeys([*needs, ("contact group", settings.provenance_group)]))
+
+
+def own_uids(what: str) -> list[str]:
+    """Return the uids of cards that Mailroom makes for a URI, `mailto:...` or `group:...`: always
+    the same, so that no server makes a card twice."""
+    return [str(uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom={n}")) for n in range(MAX_UIDS)]
+
+
+def own_uid(what: str, cards: Iterable[Card] = ()) -> str:
+    """Return the uid of a new card for a URI: the first that none of the cards has."""
+    taken = {uid_key(card.uid) for card in cards}
+    return next((uid for uid in own_uids(what) if uid not in taken), str(uuid.uuid4()))
 
 
 @dataclass(frozen=True)
 class SenderPlan:
-    """All that a cycle does for one sender (see `STEPS`): what becomes of the contact, the groups
-    to join and those to leave, the patches that re-file the mails and those that then take the
-    labels off, each {mail id: patch}. `leaving` are the uids that leave: the contact's, and when
-    triage is taken back those of all that the sender has."""
+    """All that a cycle does for one sender. `emails`: the messages that were found; `contact`: the
+    one there is; `joins`, `leaves`: the changes of cards before and after; `warning`: why tapped
+    messages get the warning label; `error`: why nothing is done, under the error label."""
 
     sender: str
     category: Category
-    contact: CardChange
-    join: tuple[Card, ...]
-    leave: tuple[Card, ...]
-    leaving: frozenset[str]
-    refile: Mapping[str, MailPatch]
-    finish: Mapping[str, MailPatch]
-    name_differs: bool
-
-
-class Writes(NamedTuple):
-    """What a step of carrying out plans writes: changes of cards, and patches by mail id."""
-
-    cards: Sequence[CardChange] = ()
-    mails: Mapping[str, MailPatch] = {}
-
-
-def mail_patch(mail: Mail, add: Iterable[str], remove: Iterable[str]) -> MailPatch:
-    """The Email/set patch (RFC 8621 section 4.6) that adds a mail to and removes it from mailboxes;
-    empty when nothing has to change.
-
-    A patch that takes a mailbox away always names one that stays: a server may otherwise delete a
-    mail that has meanwhile left all others. So a mail is never taken out of its only mailbox.
-    """
-    added = set(add)
-    stays = (mail.mailboxes | added) - set(remove)
-    gone = mail.mailboxes - stays
-    if not stays or not (gone or added - mail.mailboxes):
-        return {}
-    named = sorted(added & stays or {min(stays)})
-    return {f"mailboxIds/{box}": True for box in named} | {
-        f"mailboxIds/{box}": None for box in sorted(gone)
-    }
-
-
-def sort_queue(
-    mails: Iterable[Mail], boxes: Boxes, own: Collection[str]
-) -> tuple[dict[str, Category], dict[str, str]]:
-    """What the labels ask for: {sender: category}, and {mail id: why what it asks for cannot be
-    done}. `own`: the user's addresses."""
-    labelled = [mail for mail in mails if mail.mailboxes & boxes.labels.keys()]
-    asked: dict[str, set[str]] = defaultdict(set)
-    for mail in labelled:
-        asked[mail.sender] |= mail.mailboxes & boxes.labels.keys()
-    wrong = {who: f"several labels for {who}" for who, labels in asked.items() if len(labels) > 1}
-    wrong |= dict.fromkeys(asked.keys() & {*own}, "the sender is the user")
-    wrong |= {who: "it has no sender" for who in asked if not who}
-    decided = {who: boxes.labels[min(asked[who])] for who in asked if who not in wrong}
-    return decided, {mail.id: wrong[mail.sender] for mail in labelled if mail.sender in wrong}
-
-
-def error_patches(
-    mails: Iterable[Mail], decided: Collection[str], unusable: Collection[str], boxes: Boxes
-) -> dict[str, MailPatch]:
-    """{mail id: patch}: the error label for the unusable mails, and no longer for those that have
-    ceased to be; the decided senders' own plans see to theirs."""
-    return {
-        mail.id: mail_patch(mail, [boxes.error], [])
-        if mail.id in unusable
-        else mail_patch(mail, [], [boxes.error])
-        for mail in mails
-        if mail.sender not in decided
-    }
-
-
-def own_uids(what: str) -> Iterator[str]:
-    """The uids that Mailroom gives to the cards that it makes for a URI, in their order."""
-    return (uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom={n}").urn for n in count())
-
-
-def contact_uid(address: str, taken: Collection[str] = ()) -> str:
-    """The uid of a new contact for an address. It is always the same, so that no server makes the
-    contact twice; or the next in line if a card has that one, say since the user gave that contact
-    another address."""
-    return next(uid for uid in own_uids(f"mailto:{address}") if uid not in taken)
-
-
-def group_uid(name: str, taken: Collection[str] = ()) -> str:
-    """The uid of a new contact group, by the same rule."""
-    return next(uid for uid in own_uids(f"group:{name}") if uid not in taken)
-
-
-def clean_note(text: str, newline: str = r"\r?\n") -> str:
-    """A note without Mailroom's lines. `newline`: a pattern for what ends a line."""
-    own = rf"(?:{CREATED_NOTE}|Triaged to (?:(?!{newline}).)+? on \d{{4}}-\d\d-\d\d)"
-    return re.sub(rf"\A(?:{own}(?:{newline}|\Z))+|{newline}{own}(?={newline}|\Z)", "", text)
-
-
-def find_contact(address: str, contacts: Iterable[Card], managed: Iterable[Card]) -> Card | None:
-    """The contact that has exactly this address: one in a managed group before others, then the
-    oldest. Groups do not count."""
-    grouped = {uid for group in managed for uid in group.members}
-    return min(
-        (each for each in contacts if address in each.emails and not each.is_group),
-        key=lambda contact: (contact.uid not in grouped, contact.created or "~", contact.uid),
-        default=None,
-    )
-
-
-def contact_name(display_name: str, contact_type: str) -> str:
-    """The name that a contact gets."""
-    return full_name(display_name) if contact_type == "person" else " ".join(display_name.split())
-
-
-def full_name(display_name: str) -> str:
-    """A person's display name as it is said: white space folded, `Last, First` turned round."""
-    name = " ".join(display_name.split())
-    last, comma, first = name.partition(", ")
-    return f"{first} {last}" if comma and not re.search("[ ,]", first + last) else name
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(given name, surname) of a person's full name."""
-    given, _, surname = name.rpartition(" ")
-    return (given, surname) if given else (surname, "")
-
-
-def plan_contact(
-    sender: str, category: Category, display_name: str, contacts: Collection[Card], rules: Rules
-) -> CardChange:
-    """The contact's part in a sender's plan: only what is empty is filled, nothing overwritten.
-    `contacts`: those with the address, and whoever has the uid that a new one would get."""
-    found = find_contact(sender, contacts, filter(rules.is_managed, contacts))
-    triaged = f"Triaged to {category.contact_group} on {rules.today.isoformat()}"
-    name = contact_name(display_name, category.contact_type)
-    if found:
-        name = "" if found.name else name
-        note = () if triaged in found.note_lines else (triaged,)
-        return CardChange(found.uid, found, name=name, note=note)
-    return CardChange(
-        contact_uid(sender, {card.uid for card in contacts}),
-        kind=category.contact_type,
-        address=sender,
-        name=name or sender,
-        note=(CREATED_NOTE, triaged),
-    )
-
-
-def groups_by_name(cards: Iterable[Card]) -> dict[str, Card]:
-    """{name: group}; of several with one name the first by uid."""
-    groups = (card for card in cards if card.is_group)
-    return {group.name: group for group in sorted(groups, key=lambda card: card.uid, reverse=True)}
-
-
-def plan_groups(
-    uid: str, wanted: Collection[str], groups: Collection[Card], rules: Rules
-) -> tuple[tuple[Card, ...], tuple[Card, ...]]:
-    """(groups to join, groups to leave) so that a contact is in the wanted groups and in no other
-    managed one."""
-    now = [group for group in groups if uid in group.members]
-    missing = set(wanted) - {group.name for group in now}
-    first = groups_by_name(groups)
-    leave = (group for group in now if rules.is_managed(group) and group.name not in wanted)
-    return tuple(first[name] for name in sorted(missing) if name in first), tuple(leave)
-
-
-def by_group(pairs: Iterable[tuple[Card, str]]) -> list[tuple[Card, frozenset[str]]]:
-    """(group, the uids that it is paired with) for each group. A copy of one, in another address
-    book, has the same uid."""
-    groups: dict[str, Card] = {}
-    uids: dict[str, set[str]] = defaultdict(set)
-    for group, uid in pairs:
-        groups[group.ref] = group
-        uids[group.ref].add(uid)
-    return [(group, frozenset(uids[key])) for key, group in groups.items()]
-
-
-def has_own_uid(card: Card) -> bool:
-    """Whether Mailroom made a contact for an address that it has, or a group for its name."""
-    made_for = [f"mailto:{address}" for address in card.emails]
-    if card.is_group:
-        made_for = [f"group:{card.name}"]
-    return any(card.uid in islice(own_uids(what), UIDS_IN_LINE) for what in made_for)
-
-
-def was_made(card: Card) -> bool:
-    """Whether Mailroom made a card, and the note of a contact still says so."""
-    return has_own_uid(card) and (card.is_group or CREATED_NOTE in card.note_lines)
-
-
-def ways_to_make(card: Card) -> list[CardChange]:
-    """How Mailroom would make a card with this name and address, of each kind."""
-    made = CardChange(card.uid, name=card.name, address=min(card.emails, default=""))
-    return [replace(made, kind=kind) for kind in ("company", "person", "group")]
-
-
-def names_given(mails: Iterable[Mail]) -> dict[str, set[str]]:
-    """{sender: the names that a contact may have got from the sender's mails}"""
-    names: dict[str, set[str]] = defaultdict(set)
-    for mail in mails:
-        names[mail.sender] |= {
-            contact_name(mail.display_name, kind) or mail.sender for kind in ("company", "person")
-        }
-    return names
-
-
-def as_made(
-    cards: Iterable[Card],
-    names: Mapping[str, Collection[str]],
-    groups: Iterable[Card],
-    untouched: Collection[str],
-) -> set[str]:
-    """The refs of the contacts that nobody has touched since Mailroom made them: the note has no
-    other line, the name is one that the sender's mails give, and no group of the user's has them.
-    `groups`: those of the user; `untouched`: the refs of the cards that Mailroom made and in which
-    the store has found nothing more. A copy in another address book has the same uid."""
-    grouped = {uid for group in groups for uid in group.members}
-    return {
-        card.ref
-        for card in cards
-        if card.ref in untouched and card.uid not in grouped
-        if not any(map(clean_note, card.notes.values()))
-        if any(card.name in names.get(address, ()) for address in card.emails)
-    }
-
-
-def take_back(card: Card, gone: Collection[str]) -> CardChange:
-    """What becomes of a contact when triage is taken back: one that Mailroom made and nobody has
-    touched goes, any other loses Mailroom's lines in its notes."""
-    return CardChange(card.uid, card, destroy=card.ref in gone, clean=card.ref not in gone)
-
-
-def plan_undo(
-    sender: str, cards: Collection[Card], rules: Rules, gone: Collection[str]
-) -> CardChange:
-    """The contact's part where a sender's triage is taken back. Where there is no contact, its uid
-    may have been left behind in groups."""
-    found = find_contact(sender, cards, filter(rules.is_managed, cards))
-    if not found:
-        return CardChange(contact_uid(sender, {card.uid for card in cards}), kind="")
-    return take_back(found, gone)
-
-
-def came_to_inbox(mail: Mail, boxes: Boxes) -> bool:
-    """Whether a mail is in the Inbox on account of its category. An ancestor is not its category:
-    that is the one below all others whose destination the mail is in."""
-    there = [
-        category
-        for category, box in boxes.destinations.items()
-        if not category.undoes and box in mail.mailboxes
-    ]
-    parents = {category.parent for category in there}
-    return any(each.add_to_inbox and each.name not in parents for each in there)
-
-
-def left_by_triage(mail: Mail, boxes: Boxes) -> set[str]:
-    """What a mail is in on account of triage, beside its destinations."""
-    return {boxes.warning, *([boxes.inbox] if came_to_inbox(mail, boxes) else [])}
-
-
-def plan_mails(
-    mails: Iterable[Mail], family: Sequence[Category], boxes: Boxes, warn: bool
-) -> tuple[dict[str, MailPatch], dict[str, MailPatch]]:
-    """(patches that re-file, patches that then take the labels off), each {mail id: patch}. Mails
-    that are neither labelled nor in a managed mailbox (in Trash, Junk, Drafts, Sent or a folder of
-    the user's, say) stay where they are. Only the label that is carried out comes off: another may
-    have been put on meanwhile."""
-    category, label = family[0], boxes.label_of(family[0])
-    destinations = {boxes.destinations[each] for each in family}
-    refile, finish = {}, {}
-    for mail in mails:
-        tapped = label in mail.mailboxes
-        add = set(destinations) if tapped or mail.mailboxes & boxes.managed else set()
-        if category.add_to_inbox and boxes.screener in mail.mailboxes:
-            add.add(boxes.inbox)
-        if tapped and warn:
-            add.add(boxes.warning)
-        back = left_by_triage(mail, boxes) if category.undoes and add else set()
-        refile[mail.id] = mail_patch(mail, add, (boxes.managed | back) - add)
-        finish[mail.id] = mail_patch(
-            mail.patched(refile[mail.id]), destinations if tapped else (), [label, boxes.error]
-        )
-    return refile, finish
-
-
-def name_differs(contact: Card | None, display_name: str) -> bool:
-    """Whether the user knows the sender under another name than the mail gives."""
-    if not contact or not contact.name or not display_name:
-        return False
-    return full_name(contact.name).casefold() != full_name(display_name).casefold()
-
-
-def plan_sender(
-    sender: str,
-    category: Category,
-    mails: Collection[Mail],
-    cards: Collection[Card],
-    rules: Rules,
-    boxes: Boxes,
-    gone: Collection[str] = (),
-) -> SenderPlan:
-    """What to do for a sender, given the sender's mails that were found, the labelled among them,
-    and the cards that were: contacts and groups. `gone`: the refs of the contacts that go when
-    triage is taken back (see `as_made`)."""
-    labelled = [mail for mail in mails if boxes.label_of(category) in mail.mailboxes]
-    display_name = max(labelled, key=lambda mail: (mail.received, mail.id)).display_name
-    if category.undoes:
-        contact = plan_undo(sender, cards, rules, gone)
-    else:
-        contact = plan_contact(sender, category, display_name, cards, rules)
-    family = rules.family(category)
-    wanted = {each.contact_group for each in family if each.contact_group}
-    lines = contact.card.note_lines if contact.card else contact.note
-    if wanted and CREATED_NOTE in lines:
-        wanted.add(rules.provenance_group)
-    groups = [card for card in cards if card.is_group]
-    join, leave = plan_groups(contact.uid, wanted, groups, rules)
-    leaving = frozenset({contact.uid})
-    if category.undoes:
-        leaving |= {card.uid for card in cards if sender in card.emails and not card.is_group}
-        leave = tuple(each for each in groups if rules.is_own(each) and each.members & leaving)
-    warns = bool(boxes.warning) and not category.undoes
-    differs = warns and name_differs(contact.card, display_name)
-    refile, finish = plan_mails(mails, family, boxes, differs)
-    return SenderPlan(sender, category, contact, join, leave, leaving, refile, finish, differs)
-
-
-def to_join(plans: Iterable[SenderPlan]) -> Writes:
-    """Write the contacts and join the groups."""
-    joins = by_group((group, plan.contact.uid) for plan in plans for group in plan.join)
-    contacts = [plan.contact for plan in plans if not plan.contact.destroy]
-    return Writes([*contacts, *(CardChange(group.uid, group, add=uids) for group, uids in joins)])
-
-
-def to_refile(plans: Iterable[SenderPlan]) -> Writes:
-    """Leave other groups and re-file the mails: neither needs the other."""
-    leaves = by_group(
-        (group, uid)
-        for plan in plans
-        for group in plan.leave
-        for uid in plan.leaving & group.members
-    )
-    patches = {id_: patch for plan in plans for id_, patch in plan.refile.items()}
-    return Writes([CardChange(group.uid, group, remove=uids) for group, uids in leaves], patches)
-
-
-def to_destroy(plans: Iterable[SenderPlan]) -> Writes:
-    """Delete the contacts that are to go: their uids have left the groups by now."""
-    return Writes([plan.contact for plan in plans if plan.contact.destroy])
-
-
-def to_finish(plans: Iterable[SenderPlan]) -> Writes:
-    """Take the labels off."""
-    return Writes(mails={id_: patch for plan in plans for id_, patch in plan.finish.items()})
-
-
-# In this order: stopping anywhere leaves a sender in too many groups, never in none (unless triage
-# is taken back), and the label on. A sender for whom a step fails is left out of the next ones.
-STEPS = (to_join, to_refile, to_destroy, to_finish)
-
-
-def failures(
-    plans: Iterable[SenderPlan], writes: Writes, cards: Mapping[str, str], mails: Mapping[str, str]
-) -> dict[str, str]:
-    """{sender: why it failed} in a step, given what that wrote for the plans and why cards (by uid)
-    and mails (by id) were refused. A group that takes no one in may still be left by others."""
-    failed = {}
-    for plan in plans:
-        reasons = [
-            f"contact card {change.uid}: {cards[change.uid]}"
-            for change in writes.cards
-            if change.uid in cards
-            if plan.contact.uid in {change.uid, *change.add} or plan.leaving & change.remove
-        ]
-        reasons += [f"mail {id_}: {mails[id_]}" for id_ in plan.refile if id_ in mails]
-        if reasons:
-            failed[plan.sender] = reasons[0]
-    return failed
-
-
-def first_of_each_contact(plans: Iterable[SenderPlan]) -> dict[str, SenderPlan]:
-    """{uid: the plan to carry out first} of contacts with several addresses, whatever the order of
-    the plans: the contact may get its name from it."""
-    last_first = sorted(plans, key=lambda plan: plan.sender, reverse=True)
-    return {plan.contact.uid: plan for plan in last_first}
-
-
-# ------------------------------------------------------------------------------------------------
-# HTTP: who is sent the credentials, how long and how large a reply may be
-# ------------------------------------------------------------------------------------------------
-
-CONNECT_TIMEOUT = 10.0
-READ_TIMEOUT = 60.0
+    account: Account
+    emails: Sequence[Email]
+    contact: Card | None = None
+    joins: CardChanges = field(default_factory=dict)
+    leaves: CardChanges = field(default_factory=dict)
+    warning: str = ""
+    error: str = ""
+
+    @property
+    def label(self) -> str:
+        return next((b for b, c in self.account.labels.items() if c == self.category), "")
+
+    @property
+    def tapped(self) -> list[Email]:
+        return [email for email in self.emails if self.label in email.mailboxes]
+
+    @property
+    def destinations(self) -> set[str]:
+        """The ids of the mailboxes of the category and its ancestors."""
+        relatives = self.account.family(self.category)
+        return {self.account.destinations[each.name] for each in relatives}
+
+    @property
+    def misplaced(self) -> frozenset[str]:
+        """The ids of the mailboxes in which no message of the sender should be."""
+        return self.account.managed - (self.destinations or {self.account.screener})
+
+    def refile(self, email: Email) -> Patch:
+        """Return the patch that files a message. One that is neither labelled nor in a managed
+        mailbox (in Trash, Junk or a folder of the user's, say) stays where it is."""
+        account, is_tapped = self.account, self.label in email.mailboxes
+        if not (is_tapped or email.mailboxes & account.managed):
+            return {}
+        if self.category.undoes:
+            return account.undo_patch(email, [account.warning])
+        add = self.destinations
+        if self.category.add_to_inbox and account.screener in email.mailboxes:
+            add.add(account.inbox)
+        if is_tapped and self.warning:
+            add.add(account.warning)
+        return email.patch(add, account.managed - add)
+
+    def finish(self, email: Email) -> Patch:
+        """Return the patch that takes off a filed message the label that is carried out, and no
+        other, which may have been put on meanwhile."""
+        names = self.destinations if self.label in email.mailboxes else ()
+        return email.patch(names, {self.label, self.account.error})
+
+    def complete(self, cards: Collection[Card], today: str) -> "SenderPlan":
+        """Return the plan with what to do about contacts and groups, given the cards that were
+        found. Raises ValueError (see `find_contact`)."""
+        account = self.account
+        if lacking := account.lacks(account.needs_for(self.category)):
+            return replace(self, error=f"the account has no {lacking}")
+        if any(email.mailboxes & account.outgoing for email in self.emails):
+            return replace(self, error=IS_THE_USER)
+        plan = replace(self, contact=account.find_contact(self.sender, cards))
+        if not self.category.undoes:
+            return plan._joined(cards, today)
+        contacts = [card for card in cards if self.sender in card.emails and not card.is_group]
+        # Where there is no contact its uid may have been left behind in groups.
+        left_behind = own_uid(f"mailto:{self.sender}", [c for c in cards if c not in contacts])
+        keys = {left_behind}.union(*(card.keys for card in contacts))
+        leaves = leave_groups(keys, account.own_names, cards)
+        return replace(plan, leaves=leaves | account.deletions(contacts, cards))
+
+    def _joined(self, cards: Collection[Card], today: str) -> "SenderPlan":
+        account, groups = self.account, self.account.groups
+        joins = [] if self.contact else [self._new_contact(cards, today)]
+        contact = self.contact or Card("", joins[0].uid, is_untouched=True)
+        names = {each.contact_group for each in account.family(self.category)}
+        leaves = leave_groups(contact.keys, account.group_names - names, cards)
+        names |= {account.settings.provenance_group} if contact.is_untouched else set()
+        # A group that has the contact already, by whatever line, is left alone.
+        names -= {card.group_name for card in cards if card.members_among(contact.keys)}
+        uids = frozenset([contact.uid])
+        joins += [CardChange(groups[name], add=uids) for name in sorted(names & groups.keys())]
+        plan = replace(self, joins={change.key: change for change in joins}, leaves=leaves)
+        return replace(plan, warning=plan._reason_to_warn())
+
+    def _new_contact(self, cards: Iterable[Card], today: str) -> CardChange:
+        newest = max(self.tapped, key=lambda email: (email.received, email.id))
+        name, kind = fold_name(newest.display_name), self.category.contact_type
+        name = (turn_round(name) if kind == "person" else name)[:MAX_NAME].strip() or newest.address
+        note = f'{CREATED_NOTE} on {today} as "{name}"'
+        uid = own_uid(f"mailto:{self.sender}", cards)
+        return CardChange(None, uid, kind, name, newest.address, note)
+
+    def _reason_to_warn(self) -> str:
+        name = self.contact.name if self.contact else ""
+        for email in self.tapped if self.account.settings.warnings_enabled else []:
+            if self.leaves and email.is_forged:
+                return "the message failed authentication (DMARC)"
+            if name_differs(name, email.display_name):
+                return f'the contact is called "{name}", the sender "{email.display_name}"'
+        return ""
+
+    def summary(self, filed: int) -> JSON:
+        """Return what is done, for the log and for a dry run. `filed`: messages."""
+        changes = [*self.joins.values(), *self.leaves.values()]
+        fates = ["created" for each in changes if each.kind]
+        fates += ["deleted" for each in changes if each.deletes and each.card == self.contact]
+        facts: JSON = {"sender": self.sender, "category": self.category.name}
+        facts["contact"] = fates[0] if fates else "known" if self.contact else "none"
+        facts["joined"] = ", ".join(each.card.name for each in changes if each.card and each.add)
+        facts["left"] = ", ".join(each.card.name for each in changes if each.card and each.remove)
+        facts |= {"messages_filed": filed, "warning": self.warning}
+        return {key: value for key, value in facts.items() if value != ""}
+
+
+def leave_groups(keys: Set[str], names: Set[str], cards: Iterable[Card]) -> CardChanges:
+    """Return the changes that take the members with some keys out of the groups of some names."""
+    groups = [card for card in cards if card.group_name in names]
+    changes = [CardChange(group, remove=group.members_among(keys)) for group in groups]
+    return {change.key: change for change in changes if change.remove}
+
+
+def with_conflicts(plans: Sequence[SenderPlan]) -> list[SenderPlan]:
+    """Return the plans, with an error for those that ask for one contact in several ways."""
+    asked = {(plan.contact.ref, plan.label) for plan in plans if plan.contact}
+    count = Counter(ref for ref, _ in asked)
+    error = "several labels for the addresses of one contact"
+    return [replace(p, error=error) if p.contact and count[p.contact.ref] > 1 else p for p in plans]
+
+
+# HTTP: who is sent the credentials, how long and how large a reply may be #########################
+
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0
 MAX_REPLY_SECONDS = 300.0
-# Several times what a large address book takes; a hostile reply of it takes seconds to parse.
-MAX_REPLY_BYTES = 32 * 2**20
+MAX_BYTES = 8 * 2**20
+MAX_DAV_BYTES = 32 * 2**20  # a portion of whole cards, with their photos
 MAX_REDIRECTS = 5
-MAX_RETRY_AFTER = 3600.0
+MAX_RETRY_AFTER = 600.0
+OK, REFUSED, BUSY = (200,), (401, 403), (401, 403, 429, 502, 503, 504)
+LIMIT_SECONDS = 60.0  # for a server that speaks of a limit without a time
+# A connection that has rested may be dead without a word (a laptop that slept, NAT) and is not used
+# again; one in use is given up once nobody has been there for 15 seconds.
+MAX_REST_SECONDS = 1.0
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 15_000}
+# urllib3 takes the options of every socket, also of one to a proxy, from this list.
+HTTPConnection.default_socket_options += [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+for _name in filter(socket.__dict__.get, KEEPALIVE):  # Not every system has all of them.
+    _option = (socket.IPPROTO_TCP, getattr(socket, _name), KEEPALIVE[_name])
+    HTTPConnection.default_socket_options.append(_option)
+Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
+PRIVATE_CA = "for a private CA put its certificate's path into SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
 
 
-read_socket = socket.SocketIO.readinto
+class Adapter(HTTPAdapter):
+    """Trusts the certificates of the system, or those in SSL_CERT_FILE, beside those of `requests`
+    or in REQUESTS_CA_BUNDLE: a private CA takes no one else's place."""
+
+    def init_poolmanager(self, *args: Any, **named: Any) -> None:
+        self._trust = {"ssl_context": ssl.create_default_context()}
+        super().init_poolmanager(*args, **named | self._trust)
+
+    def proxy_manager_for(self, proxy: str, **named: Any) -> Any:
+        return super().proxy_manager_for(proxy, **named | self._trust)
 
 
-def read_fairly(self: socket.SocketIO, buffer: Any) -> int | None:
-    """A read of a socket that gives way to the other greenlets. One that need not wait does not by
-    itself, and some loops read on for as long as something comes: `http.client` over interim
-    replies and chunk trailers, the health server over a body."""
-    gevent.sleep(0)
-    return read_socket(self, buffer)
+def credentials(token: str, username: str = "") -> Auth:
+    """Return what signs a request: HTTP Basic for a user name, else a Bearer token (RFC 6750). A
+    header of the session would be replaced by what ~/.netrc has."""
 
-
-# mypy takes a method for no variable: this replaces it, for all sockets.
-socket.SocketIO.readinto = read_fairly  # type: ignore[method-assign, assignment]
-
-
-class BearerAuth(AuthBase):
-    """Sends a token (RFC 6750). An auth object, since a header would be replaced by ~/.netrc."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._token}"
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {token}"
         return request
 
-
-def credentials(token: str, username: str = "") -> AuthBase:
-    """HTTP Basic where there is a user name, a Bearer token where not."""
-    return HTTPBasicAuth(username.encode(), token.encode()) if username else BearerAuth(token)
+    return HTTPBasicAuth(username.encode(), token.encode()) if username else sign
 
 
 def as_text(value: Any) -> str:
-    """The value, which is to be a text. Raises TypeError."""
+    """Return the value, which is to be a text. Raises TypeError."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
 @contextmanager
-def understood(url: str) -> Iterator[None]:
+def understood(what: str, hint: str = "") -> Iterator[None]:
     """While a reply is decoded: one that is not of the shape it should be is a ServerError."""
     try:
         yield
     except MALFORMED as error:
-        said = f"{type(error).__name__} {error}"[:MAX_SAID]
-        raise ServerError(f"{url} sends a reply that cannot be understood ({said})") from None
+        why = hint or truncate(f"{type(error).__name__}: {error}", MAX_SHOWN)
+        raise ServerError(f"{what} returned a malformed reply: {why}", answered=True) from None
 
 
 class Reply(NamedTuple):
@@ -1081,1654 +978,135 @@ class Reply(NamedTuple):
 
 class HTTPClient:
     """Requests that carry the credentials to those they are meant for, and to no one else: over TLS
-    that is verified, as `requests` does, or to this machine itself. `stopping` is asked before each
-    request; `remedy` is what to do when they are refused."""
+    that is verified, or to this machine itself. `setting`: the variable that names the server;
+    `remedy`: what to do when the credentials are refused; `most`: bytes in a reply."""
 
-    def __init__(
-        self, auth: AuthBase, stopping: Callable[[], bool] = lambda: False, remedy: str = ""
-    ) -> None:
-        self._auth = auth
-        self._stopping = stopping
-        self._remedy = remedy
+    def __init__(self, auth: Auth, setting: str, remedy: str, most: int = MAX_BYTES) -> None:
+        self._setting, self._remedy, self._most, self._used = setting, remedy, most, 0.0
         self._session = requests.Session()
-        # It would read a redirect's body, however long, to prepare a request that no one makes.
-        self._session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
-        # A server could set more of them with each reply, and they are sent with each request.
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        self._session.auth, self._session.stream = auth, True
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
+        self._session.mount("https://", Adapter())
 
-    def open(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-        read_timeout: float | None = READ_TIMEOUT,
-    ) -> requests.Response:
-        """A response whose body is not read yet. Redirects are followed within the origin.
-
-        Raises ServerError when there is none, ConfigurationError for a URL that is not safe, and
-        ShuttingDown.
-        """
+    def open(self, method: str, url: str, timeout: float | None, **named: Any) -> requests.Response:
+        """Return a response whose body is not read yet; `timeout` is for each read. Redirects are
+        followed within the origin. Raises ServerError; ConfigurationError for a URL, or another
+        origin, that the credentials are not meant for."""
+        named |= {"timeout": (CONNECT_TIMEOUT, timeout), "allow_redirects": False}
         for _ in range(MAX_REDIRECTS):
-            if self._stopping():
-                raise ShuttingDown
             if not is_safe_url(url):
                 raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
             # Plain http goes to this machine only, which is nothing for a proxy to see.
             self._session.trust_env = url.startswith("https:")
             try:
-                response = self._session.request(
-                    method,
-                    url,
-                    headers=headers,
-                    data=body,
-                    auth=self._auth,
-                    timeout=(CONNECT_TIMEOUT, read_timeout),
-                    allow_redirects=False,
-                    stream=True,
-                )
+                response = self._session.request(method, url, **named)
+            except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, TypeError):
+                # What the error says may hold the proxy's password.
+                reason = f"{url}, or the proxy in HTTPS_PROXY, is not a valid URL"
+                raise ConfigurationError(reason) from None
             except (OSError, ValueError) as error:  # requests' errors are OSErrors
                 raise ServerError(f"{url} cannot be reached: {network_reason(error)}") from None
             if not response.is_redirect:
                 return response
             response.close()
             with understood(url):
-                url = same_origin(url, response.headers["Location"])
-        raise ServerError(f"{url} redirects without end")
+                here, there = urlsplit(url), urlsplit(urljoin(url, response.headers["Location"]))
+                if (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname):
+                    # A server behind a TLS proxy may say http where it means https.
+                    there = there._replace(scheme=here.scheme, netloc=here.netloc)
+                source, url = url, there.geturl()
+                if self._session.should_strip_auth(source, url):  # type: ignore[no-untyped-call]
+                    hint = f"if that is right, put it into {self._setting}"
+                    raise ConfigurationError(f"{source} redirects to {url}: {hint}")
+        raise ServerError(f"{url}: too many redirects; check {self._setting}", answered=True)
 
     def request(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-        accept: Collection[int] = (200,),
+        self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Collection[int] = OK
     ) -> Reply:
-        """A whole reply, with one of the statuses to accept. Raises ConfigurationError when the
-        credentials are refused, ServerError, and ShuttingDown."""
-        late = ServerError(f"{url} is not done after {MAX_REPLY_SECONDS:g} seconds")
-        with (
-            gevent.Timeout(MAX_REPLY_SECONDS, late),
-            self.open(method, url, headers, body) as response,
-        ):
-            reply = Reply(
-                response.status_code, response.headers, read_bounded(response), response.url
-            )
+        """Return a whole reply with one of the statuses to accept. Raises as `open` does, and
+        CredentialsError."""
+        if time.monotonic() - self._used > MAX_REST_SECONDS:
+            self._session.close()  # It opens anew by itself.
+        content, late = bytearray(), ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
+        timeout = gevent.Timeout(MAX_REPLY_SECONDS, late)
+        with timeout, self.open(method, url, READ_TIMEOUT, headers=headers, data=body) as response:
+            for chunk in chunks_of(response):
+                content += chunk
+                if len(content) > self._most:
+                    raise ServerError(f"{url} sent more than {self._most:,} bytes", answered=True)
+        self._used = time.monotonic()
+        reply = Reply(response.status_code, response.headers, bytes(content), response.url)
         if reply.status not in accept:
-            raise refusal(reply, self._remedy)
+            raise self._refusal(reply)
         return reply
 
-
-def refusal(reply: Reply, remedy: str) -> MailroomError:
-    """What an unwanted reply means. After too many requests (429) the server is left alone, though
-    it may not say for how long."""
-    said = f"{reply.url} answers HTTP {reply.status}{problem_detail(reply.body)}"
-    if reply.status in (401, 403):
-        return ConfigurationError(f"{said}: the credentials are refused. {remedy}".rstrip())
-    busy = reply.status in (429, 503)
-    wait = retry_after(reply.headers) or float(reply.status == 429)
-    return ServerError(said, answered=not busy, retry_after=wait)
-
-
-def read_bounded(response: requests.Response) -> bytes:
-    """The body of a response. Raises ServerError when it is cut off or beyond MAX_REPLY_BYTES."""
-    content = bytearray()
-    try:
-        while chunk := response.raw.read1(2**16, decode_content=True):
-            content += chunk
-            if len(content) > MAX_REPLY_BYTES:
-                raise ServerError(f"{response.url} sends more than {MAX_REPLY_BYTES} bytes")
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise ServerError(f"{response.url} broke off: {network_reason(error)}") from None
-    return bytes(content)
+    def _refusal(self, reply: Reply) -> MailroomError:
+        """Return what an unwanted reply means. One that speaks of a limit does not refuse the
+        credentials, nor does a web page, which some proxy made."""
+        said, wait = error_words(reply), retry_after(reply.headers)
+        text = f"{reply.url} answered HTTP {reply.status}" + (f": {said}" if said else "")
+        if not wait and reply.status in BUSY:
+            is_limit = re.search("limit|too many", said, re.IGNORECASE)
+            wait = LIMIT_SECONDS if is_limit else float(reply.status == 429)
+        is_page = reply.status == 403 and "html" in reply.headers.get("Content-Type", "")
+        if reply.status in REFUSED and not (wait or is_page):
+            return CredentialsError(f"{text}: the credentials are refused. {self._remedy}")
+        hint = f"; check {self._setting}" if reply.status == 404 else ""
+        return ServerError(text + hint, answered=reply.status not in BUSY, retry_after=wait)
 
 
-def origin(url: SplitResult) -> tuple[str, str | None, int]:
-    """(scheme, host, port) of a URL (RFC 6454 section 4)."""
-    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme, 0)
+def chunks_of(response: requests.Response, *quiet: Any) -> Iterator[bytes]:
+    """Yield the body as it arrives: `read1` does not wait for a buffer to fill. Raises ServerError
+    when the connection breaks. `quiet`: for how long nothing may come, and what is raised then."""
+    while True:
+        try:
+            with gevent.Timeout(*quiet):
+                chunk = response.raw.read1(2**13, decode_content=True)
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            lost = f"{response.url}: connection lost: {network_reason(error)}"
+            raise ServerError(lost) from None
+        if not chunk:
+            return
+        yield chunk
+        gevent.sleep(0)  # A flood keeps nobody else from working.
 
 
-def same_origin(url: str, location: str) -> str:
-    """Where a redirect leads. A server behind a TLS proxy may say http where it means https.
-
-    Raises ConfigurationError for another origin: the credentials are not meant for it.
-    """
-    here, there = urlsplit(url), urlsplit(urljoin(url, location))
-    if here.scheme == "https" and there.scheme == "http" and here.hostname == there.hostname:
-        there = there._replace(scheme=here.scheme, netloc=here.netloc)
-    if origin(here) != origin(there):
-        raise ConfigurationError(
-            f"{url} redirects to {there.geturl()}: if that is right, put that into "
-            "MAILROOM_JMAP_URL or MAILROOM_CARDDAV_URL"
-        )
-    return there.geturl()
+def at_well_known(url: str, service: str) -> str:
+    """Return where a service is asked for: a bare origin at the well-known place (RFC 8615)."""
+    is_bare = urlsplit(url).path in ("", "/")
+    return urljoin(url, f"/.well-known/{service}") if is_bare else url
 
 
 def network_reason(error: BaseException) -> str:
-    """Why a request failed, in one line: what the innermost error says."""
+    """Return why a request failed, in one line: what the innermost error says."""
+    is_proxy = isinstance(error, requests.exceptions.ProxyError)
     while inner := error.__cause__ or error.__context__:
         error = inner
-    if isinstance(error, urllib3.exceptions.LocationParseError):
-        return "its URL, or that of the proxy, cannot be read"  # and may have a password in it
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    text = (getattr(error, "strerror", None) or "").lower() or " ".join(str(error).split())
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = f"{error.verify_message}; {PRIVATE_CA}"
+    elif isinstance(error, socket.gaierror):
+        text = "unknown host"
+    return f"the proxy (HTTPS_PROXY) failed: {text}" if is_proxy else text
 
 
-def problem_detail(body: bytes) -> str:
-    """What the server says of its error (RFC 7807), to be put behind a message."""
+def error_words(reply: Reply) -> str:
+    """Return what a server says of its error, in a problem (RFC 7807) or in plain text."""
     try:
-        problem = json.loads(body)
-        said = problem.get("detail") or problem.get("type") or ""
+        problem = json.loads(reply.body)
+        said = problem.get("detail") or problem.get("title") or problem.get("type") or ""
     except MALFORMED:
-        return ""
-    return f": {said}"[:MAX_SAID] if said else ""
+        is_plain = reply.headers.get("Content-Type", "text/plain").startswith("text/plain")
+        said = reply.body.decode(errors="replace") if is_plain else ""
+    return truncate(" ".join(str(said).split()), 200)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """The seconds of a Retry-After header (RFC 9110 section 10.2.3); 0 without a sound one."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isascii() and value.isdigit():
-        return min(float(value[:9]), MAX_RETRY_AFTER)
-    try:
-        wait = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-    except MALFORMED:
-        return 0.0
-    return min(max(wait, 0.0), MAX_RETRY_AFTER)
-
-
-# ------------------------------------------------------------------------------------------------
-# JMAP (RFC 8620)
-# ------------------------------------------------------------------------------------------------
-
-CORE = "urn:ietf:params:jmap:core"
-MAIL = "urn:ietf:params:jmap:mail"
-CONTACTS = "urn:ietf:params:jmap:contacts"
-SUBMISSION = "urn:ietf:params:jmap:submission"
-SIEVE = "urn:ietf:params:jmap:sieve"
-MAX_PAGE = 4096
-# What a call takes beside the item in it, and the commas.
-CALL_OCTETS = 200
-SESSION_URLS = ("apiUrl", "eventSourceUrl", "downloadUrl", "uploadUrl")
-NAME_PARTS = ("given", "given2", "surname")
-JMAP_REMEDY = (
-    "Make a token with the scopes Mail and Contacts (at Fastmail: Settings - Privacy & Security - "
-    "Manage API tokens) and put it into MAILROOM_JMAP_TOKEN"
-)
-# What a server takes at once (RFC 8620 section 2) if it does not say.
-DEFAULT_LIMITS = {
-    "maxSizeRequest": 10_000_000,
-    "maxCallsInRequest": 16,
-    "maxObjectsInGet": 500,
-    "maxObjectsInSet": 500,
-}
-
-Call = tuple[str, JSON]
-
-
-class MethodError(ServerError):
-    """A method-level error (RFC 8620 section 3.6.2)."""
-
-    def __init__(self, method: str, error: JSON) -> None:
-        super().__init__(f"{method} is refused: {error_text(error)}", answered=True)
-
-
-Answer = JSON | MethodError
-Found = list[Any] | MethodError
-
-
-class Query(NamedTuple):
-    """A Foo/query with the Foo/get of what it finds. `parse` makes a value of each object, or None
-    of one that is not wanted; `newest`: only so many are looked at, by `receivedAt`."""
-
-    type: str
-    filter: JSON | None
-    properties: Sequence[str]
-    parse: Callable[[JSON], Any]
-    newest: int = 0
-
-
-def error_text(error: JSON) -> str:
-    """A method error or SetError in one line: its type, and what else it says."""
-    said = [error.get("type", "unknown error"), error.get("properties"), error.get("description")]
-    return " ".join(str(each) for each in said if each)[:MAX_SAID]
-
-
-def set_errors(done: JSON) -> dict[str, JSON]:
-    """{id or creation id: SetError} of a Foo/set (RFC 8620 section 5.3). Raises ServerError."""
-    with understood("Foo/set"):
-        kinds = ("notCreated", "notUpdated", "notDestroyed")
-        errors = [item for kind in kinds for item in (done.get(kind) or {}).items()]
-        return {key: dict(error) for key, error in errors}
-
-
-def expect(answer: T | MethodError) -> T:
-    """What a method or a query brought. Raises the MethodError that it may be."""
-    if isinstance(answer, MethodError):
-        raise answer
-    return answer
-
-
-def any_of(conditions: Iterable[JSON]) -> JSON:
-    """The filter (RFC 8620 section 5.5) that is met where one of the conditions is."""
-    return {"operator": "OR", "conditions": list(conditions)}
-
-
-def in_any(mailboxes: Iterable[str]) -> JSON:
-    """The filter for the mails in one of the mailboxes, given by id."""
-    return any_of({"inMailbox": box} for box in sorted(mailboxes))
-
-
-def packed(
-    items: Iterable[T], weigh: Callable[[T], int], most: int, most_bytes: int
-) -> Iterator[list[T]]:
-    """The items in portions that stay within a weight and a size as JSON, as far as they can."""
-    portion: list[T] = []
-    weight, size = 0, 0
-    for item in items:
-        octets = len(json.dumps(item)) + CALL_OCTETS
-        if portion and (weight + weigh(item) > most or size + octets > most_bytes):
-            yield portion
-            portion, weight, size = [], 0, 0
-        portion.append(item)
-        weight, size = weight + weigh(item), size + octets
-    if portion:
-        yield portion
-
-
-def session_url(place: str) -> str:
-    """The URL of the session object: of a host name, a bare origin (RFC 8620 section 2.2) or as it
-    is."""
-    if "://" not in place:
-        return f"https://{place}/jmap/session"
-    return urljoin(place, "/.well-known/jmap") if urlsplit(place).path in ("", "/") else place
-
-
-def expand(template: str, values: Mapping[str, str]) -> str:
-    """A URL from a template (RFC 6570, level 1); a variable without a value is empty."""
-    return re.sub(r"\{(\w+)\}", lambda match: quote(values.get(match[1], ""), safe=","), template)
-
-
-class JMAPClient:
-    """A JMAP session and the requests that are made in it. `hostname`: a host, or a URL."""
-
-    def __init__(
-        self,
-        token: str,
-        hostname: str = "api.fastmail.com",
-        *,
-        username: str = "",
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.session_url = session_url(hostname)
-        self.http = HTTPClient(credentials(token, username), stopping, JMAP_REMEDY)
-        self.limits = DEFAULT_LIMITS
-        self.stale = True
-        self._session: JSON = {}
-        self._accounts: dict[str, JSON] = {}
-        self._urls: dict[str, str] = {}
-        self._state_seen = ""
-
-    def connect(self) -> None:
-        """Fetch the session (RFC 8620 section 2).
-
-        Raises ConfigurationError for refused credentials, an account without mail or a URL that
-        secrets must not go to, and ServerError.
-        """
-        reply = self.http.request("GET", self.session_url, {"Accept": "application/json"})
-        with understood(reply.url):
-            session = json.loads(reply.body)
-            offered = session["capabilities"].get(CORE) or {}
-            limits = {name: int(offered.get(name, n)) for name, n in DEFAULT_LIMITS.items()}
-            urls = {
-                key: urljoin(reply.url, session[key]) for key in SESSION_URLS if session.get(key)
-            }
-            accounts = {
-                capability: {**(session.get("accounts") or {}).get(id_, {}), "id": as_text(id_)}
-                for capability, id_ in session["primaryAccounts"].items()
-                if id_
-            }
-            if MAIL not in accounts:
-                raise ConfigurationError(f"the token gives no access to mail. {JMAP_REMEDY}")
-            if "apiUrl" not in urls or min(limits.values()) < 1:
-                raise ValueError("no apiUrl, or limits below 1")
-        if unsafe := [url for url in urls.values() if not is_safe_url(url)]:
-            raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
-        self._session, self._accounts, self._urls, self.limits = session, accounts, urls, limits
-        self.stale = False
-        self._state_seen = ""
-
-    @property
-    def account_id(self) -> str:
-        """The account for mail. Raises RuntimeError before `connect()`."""
-        if not self._accounts:
-            raise RuntimeError("connect() comes first")
-        return str(self._accounts[MAIL]["id"])
-
-    @property
-    def session_capabilities(self) -> JSON:
-        """What the session offers: {capability URN: its properties}; empty before `connect()`."""
-        return dict(self._session.get("capabilities") or {})
-
-    @property
-    def event_source_url(self) -> str | None:
-        """The session's `eventSourceUrl`, maybe a template; None without one."""
-        return self._urls.get("eventSourceUrl")
-
-    def own_addresses(self) -> frozenset[str]:
-        """The user's own addresses, as far as the session tells, in lower case."""
-        own = {str(self._session.get("username") or "")}
-        if self.account(SUBMISSION):
-            [[answer]] = self.send([[("Identity/get", {"ids": None})]])
-            with understood("Identity/get"):
-                identities = [] if isinstance(answer, MethodError) else answer["list"]
-                own |= {str(identity.get("email")) for identity in identities}
-        return frozenset(address.lower() for address in own)
-
-    def account(self, capability: str) -> JSON:
-        """The session's account for a capability, with its id; empty where there is none."""
-        return self._accounts.get(capability, {})
-
-    def check_writable(self) -> None:
-        """Raises ConfigurationError for a token that may only read mail."""
-        if self.account(MAIL).get("isReadOnly"):
-            raise ConfigurationError("the token may only read mail: make one that may write it")
-
-    def send(self, groups: Sequence[Sequence[Call]]) -> list[list[Answer]]:
-        """The answers to groups of calls, in as few requests as the limits allow. The calls of a
-        group stay in one request: a result reference (RFC 8620 section 3.7) is to the call before.
-        """
-        answers: list[list[Answer]] = []
-        calls, octets = self.limits["maxCallsInRequest"], self.limits["maxSizeRequest"]
-        for batch in packed(groups, len, calls, octets):
-            flat = iter(self._post([call for group in batch for call in group]))
-            answers += [[next(flat) for _ in group] for group in batch]
-        return answers
-
-    def call(self, method: str, arguments: JSON) -> JSON:
-        """The answer to a single call. Raises MethodError, ServerError."""
-        [[answer]] = self.send([[(method, arguments)]])
-        return expect(answer)
-
-    def upload(self, capability: str, content: bytes, media_type: str) -> str:
-        """The id of a new blob (RFC 8620 section 6.1) in the account for a capability."""
-        url = expand(self._urls["uploadUrl"], {"accountId": self.account(capability)["id"]})
-        headers = {"Content-Type": media_type, "Accept": "application/json"}
-        reply = self.http.request("POST", url, headers, content, accept=(200, 201))
-        with understood(reply.url):
-            return as_text(json.loads(reply.body)["blobId"])
-
-    def download(self, capability: str, blob_id: str, media_type: str) -> bytes:
-        """A blob (RFC 8620 section 6.2) of the account for a capability."""
-        values = {"blobId": blob_id, "type": media_type, "name": "blob"}
-        values["accountId"] = self.account(capability)["id"]
-        url = expand(self._urls["downloadUrl"], values)
-        return self.http.request("GET", url, {"Accept": "*/*"}).body
-
-    def portions(self, items: Mapping[str, Any]) -> Iterator[JSON]:
-        """The items in portions that fit one Foo/set call each."""
-        most, octets = self.limits["maxObjectsInSet"], self.limits["maxSizeRequest"] // 2
-        return (dict(portion) for portion in packed(items.items(), lambda item: 1, most, octets))
-
-    def _post(self, calls: Sequence[Call]) -> list[Answer]:
-        """One API request (RFC 8620 section 3.3); an answer for each call, in their order."""
-        numbered = []
-        for n, (method, arguments) in enumerate(calls):
-            before = {"resultOf": str(n - 1)}
-            referring = {key: {**arguments[key], **before} for key in arguments if key[0] == "#"}
-            account_id = self.account(capability_of(method))["id"]
-            numbered.append([method, {"accountId": account_id, **arguments, **referring}, str(n)])
-        using = sorted({CORE, *(capability_of(method) for method, _ in calls)})
-        body = json.dumps({"using": using, "methodCalls": numbered}).encode()
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        reply = self.http.request("POST", self._urls["apiUrl"], headers, body)
-        with understood(reply.url):
-            decoded = json.loads(reply.body)
-            state = str(decoded.get("sessionState", ""))
-            self.stale |= self._state_seen not in ("", state)
-            self._state_seen = state
-            said = {
-                call_id: (name, {**answer}) for name, answer, call_id in decoded["methodResponses"]
-            }
-            answers = [said[str(n)] for n in range(len(calls))]
-        return [
-            MethodError(method, answer) if name == "error" else answer
-            for (method, _), (name, answer) in zip(calls, answers, strict=True)
-        ]
-
-    def fetch(
-        self, queries: Sequence[Query], first: Sequence[Call] = ()
-    ) -> tuple[list[JSON], list[Found]]:
-        """The answers to the `first` calls, and for each query the values of all that it finds, or
-        its error. All of it goes into one request, and one more for each further page."""
-        pages = [self._page(query, "") for query in queries]
-        replies = self.send([[call] for call in first] + pages)
-        answers = [expect(replies.pop(0)[0]) for _ in first]
-        return answers, [self._all_pages(query, [replies.pop(0)]) for query in queries]
-
-    def find(self, query: Query) -> list[Any]:
-        """The values of all that a query finds. Raises MethodError, ServerError."""
-        _, [found] = self.fetch([query])
-        return expect(found)
-
-    def _all_pages(self, query: Query, replies: list[list[Answer]]) -> Found:
-        """The values of this page and all further ones. A page that is read is let go: thousands of
-        objects as they came take more memory than all else."""
-        values: list[Any] = []
-        last = ""
-        try:
-            while True:
-                page, next_anchor = read_page(query, replies.pop())
-                values += page
-                if not next_anchor:
-                    return values
-                if next_anchor == last:
-                    raise ServerError(f"{query.type}/query: the server has no end of pages")
-                last = next_anchor
-                replies = self.send([self._page(query, last)])
-        except MethodError as error:
-            return error
-
-    def _page(self, query: Query, after: str) -> list[Call]:
-        """The calls for the page after an id. By position, a page would leave something out when
-        something before it goes away meanwhile."""
-        most = min(self.limits["maxObjectsInGet"], MAX_PAGE)
-        start: JSON = {"anchor": after, "anchorOffset": 1} if after else {"position": 0}
-        asked = {"filter": query.filter, "limit": min(query.newest or most, most), **start}
-        if query.type == "Email":
-            asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
-        ids = {"name": f"{query.type}/query", "path": "/ids"}
-        return [
-            (f"{query.type}/query", {"calculateTotal": True, **asked}),
-            (f"{query.type}/get", {"#ids": ids, "properties": list(query.properties)}),
-        ]
-
-
-def capability_of(method: str) -> str:
-    """The capability that a method belongs to."""
-    owners = {
-        "AddressBook": CONTACTS,
-        "ContactCard": CONTACTS,
-        "Identity": SUBMISSION,
-        "SieveScript": SIEVE,
-    }
-    return owners.get(method.partition("/")[0], MAIL)
-
-
-def read_page(query: Query, reply: Sequence[Answer]) -> tuple[list[Any], str]:
-    """(the values on a page, the last id if there are more pages). Raises ServerError. A server
-    that does not tell the total is asked until a page is empty."""
-    asked, got = map(expect, reply)
-    with understood(f"{query.type}/query"):
-        values = [value for value in map(query.parse, got["list"]) if value is not None]
-        ids = asked["ids"]
-        end = asked["position"] + len(ids)
-        more = ids and not query.newest and end < asked.get("total", end + 1)
-        return values, as_text(ids[-1]) if more else ""
-
-
-# ------------------------------------------------------------------------------------------------
-# Contacts over JMAP (RFC 9610)
-# ------------------------------------------------------------------------------------------------
-
-NO_CONTACTS = (
-    "the token gives no access to contacts: make one with the contacts scope, "
-    "or set MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
-)
-# What a card may have in other ways than by a touch: from the server, or from triage.
-NOT_TOUCHES = {"id", "created", "updated", "prodId", "version", "notes", "members"}
-CARD_KINDS = {"company": "org", "person": "individual", "group": "group"}
-CARD_KEYS = ("id", "uid", "kind", "name", "organizations", "emails", "notes", "created", "members")
-# A group with more members than this is large, some 30 kB.
-MANY_MEMBERS = 500
-# In place of those members of a large group that were not asked for.
-OTHERS = ""
-
-
-class MemberSearch:
-    """Who is in the large groups. JMAP gives all members of a group or none. So where a search
-    finds the large groups by their members, only the others are read with theirs, and the search
-    tells who is in a large one. When it fails, or does not know what was written here, all are read
-    with theirs the next time."""
-
-    def __init__(self, client: JMAPClient) -> None:
-        self._client = client
-        self._works = False
-        self._awaits_answer = False
-        self._small: list[str] = []
-        # (ref, uid, whether it is in that group), as it was lately written here or read since.
-        self._written: deque[tuple[str, str, bool]] = deque(maxlen=1000)
-
-    def learn(self, groups: Sequence[Card]) -> None:
-        """See whether a search by a member of each large group finds just the groups it is in."""
-        large = [group for group in groups if len(group.members) > MANY_MEMBERS]
-        uids = sorted({min(group.members) for group in large})
-        answers = self._client.send([[groups_with(uid)] for uid in uids])
-        with understood("ContactCard/query"):
-            found = [
-                not isinstance(answer, MethodError)
-                and {*answer["ids"]} == {group.ref for group in groups if uid in group.members}
-                for uid, [answer] in zip(uids, answers, strict=True)
-            ]
-        self._works = bool(found) and all(found)
-        self._awaits_answer = False
-        members = {group.ref: group.members for group in groups}
-        self._written += [(ref, uid, uid in members.get(ref, ())) for ref, uid, _ in self._written]
-        small = [group.ref for group in groups if group not in large]
-        self._small = small[: self._client.limits["maxObjectsInGet"]]
-
-    def questions(self, uids: Sequence[str]) -> list[Call]:
-        """What to ask of these contacts, beside groups without members; nothing where the groups
-        are to come with theirs."""
-        works, self._works = self._works and not self._awaits_answer, False  # until it has answered
-        if not (works and uids):
-            return []
-        small = {"ids": self._small, "properties": ["id", "members"]}
-        return [("ContactCard/get", small), *map(groups_with, uids)]
-
-    def with_members(
-        self, cards: Sequence[Card], addresses: Collection[str], answers: Sequence[JSON]
-    ) -> list[Card]:
-        """The cards, the large groups with those members that are contacts of the addresses, or
-        will be, and with something in place of the others."""
-        small, *known = answers
-        holders = dict(zip(map(contact_uid, addresses), known, strict=True))
-        taken = {card.uid for card in cards}
-        contacts = [card for card in cards if not card.is_group]
-        uids = {card.uid for card in contacts}
-        new = set(addresses).difference(*(card.emails for card in contacts))
-        more = sorted((uids | {contact_uid(each, taken) for each in new}) - holders.keys())
-        replies = self._client.send([[groups_with(uid)] for uid in more])
-        holders |= {uid: expect(answer) for uid, [answer] in zip(more, replies, strict=True)}
-        with understood("ContactCard/query"):
-            members = {
-                card.ref: {OTHERS, *(uid for uid in holders if card.ref in holders[uid]["ids"])}
-                for card in cards
-                if card.is_group
-            }
-            members |= {raw["id"]: {*members_of(raw)} for raw in small["list"]}
-        written = {(ref, uid): there for ref, uid, there in self._written if uid in holders}
-        if any((uid in members.get(ref, ())) != there for (ref, uid), there in written.items()):
-            raise ServerError("the search for members lags behind", answered=True)
-        self._works = True
-        return [replace(card, members=frozenset(members.get(card.ref, ()))) for card in cards]
-
-    def await_answer(self) -> None:
-        """What is written now is not known until it is noted."""
-        self._awaits_answer = True
-
-    def note_written(self, changes: Iterable[CardChange], refused: Collection[str]) -> None:
-        """Some changes were carried out. What was refused may be a group that has been emptied
-        since: that takes no member by a path."""
-        self._awaits_answer = False
-        self._works &= not refused
-        self._written += [
-            (change.card.ref, uid, uid in change.add)
-            for change in changes
-            if change.card and change.uid not in refused
-            for uid in change.add | change.remove
-        ]
-
-
-class JMAPContacts:
-    """Contacts in a JMAP account: one of the two stores, which have the same public methods."""
-
-    def __init__(self, client: JMAPClient) -> None:
-        self._client = client
-        self._address_book = ""
-        self._state = ""
-        self._search = MemberSearch(client)
-
-    def prepare(self) -> None:
-        """Find the default address book. Raises ConfigurationError without one, ServerError."""
-        if not self._client.account(CONTACTS):
-            raise ConfigurationError(NO_CONTACTS)
-        if self._client.account(CONTACTS).get("isReadOnly"):
-            raise ConfigurationError("the token may not write contacts: it needs that scope")
-        answer = self._client.call("AddressBook/get", {"ids": None})
-        with understood("AddressBook/get"):
-            books = sorted(answer["list"], key=lambda book: not book.get("isDefault"))
-            if not books:
-                raise ConfigurationError("the account has no address book")
-            self._address_book = str(books[0]["id"])
-
-    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
-        """What to ask the JMAP server, along with other things, for the groups and the contacts
-        that may be those of the addresses; without addresses for all cards. The state comes first,
-        so that a later change by someone else is noticed."""
-        uids = [contact_uid(address) for address in addresses or ()]
-        filters: list[JSON | None] = [None]
-        if addresses is not None:
-            wanted = [{"email": address} for address in addresses] + [{"uid": uid} for uid in uids]
-            filters = [{"kind": "group"}, *([any_of(wanted)] if addresses else [])]
-        members = self._search.questions(uids)
-        keys = [key for key in CARD_KEYS if key != "members" or not members]
-        calls: list[Call] = [("ContactCard/get", {"ids": []}), *members]
-        return calls, [Query("ContactCard", filter_, keys, jmap_card) for filter_ in filters]
-
-    def cards(
-        self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
-    ) -> list[Card]:
-        """The cards, given what the questions brought. Raises the MethodError that a query may
-        have met: a contact not seen would be doubled."""
-        self._state = str(answers[0].get("state"))
-        cards = [card for cards in found for card in expect(cards)]
-        if addresses and answers[1:]:
-            return self._search.with_members(cards, addresses, answers[1:])
-        self._search.learn([card for card in cards if card.is_group])
-        return cards
-
-    def calls(self, changes: Collection[CardChange]) -> list[Call]:
-        """What may be sent along with another request just before the changes are applied: the
-        first ContactCard/set. Only its answer tells the state for a second one."""
-        self._search.await_answer()
-        return [self._set(portion) for portion in islice(self._portions(changes), 1)]
-
-    def apply(
-        self, changes: Collection[CardChange], answers: Sequence[JSON] = ()
-    ) -> dict[str, str]:
-        """Carry out the changes; {uid: why it was refused}. It takes one ContactCard/set for as
-        much as the limits allow. `answers`: to the calls that were sent already. Who could not be
-        made is taken out of the groups again. Raises ServerError."""
-        refused: dict[str, str] = {}
-        sent = iter(answers)
-        for portion in self._portions(changes):
-            done = next(sent, None) or self._client.call(*self._set(portion))
-            self._state = str(done.get("newState"))
-            errors = set_errors(done)
-            for uid, (_, key, _) in portion.items():
-                if key in errors:
-                    refused[uid] = error_text(errors[key])
-        self._search.note_written(changes, refused)
-        not_made = {change.uid for change in changes if not change.card} & refused.keys()
-        out = [
-            CardChange(change.uid, change.card, remove=change.add & not_made)
-            for change in changes
-            if change.add & not_made
-        ]
-        return refused | (self.apply(out) if out else {})
-
-    def _portions(self, changes: Iterable[CardChange]) -> Iterator[JSON]:
-        """{uid: its entry} of as many changes as fit a ContactCard/set."""
-        entries = {change.uid: entry for change in changes if (entry := self._entry(change))[2]}
-        return self._client.portions(entries)
-
-    def _set(self, portion: Mapping[str, tuple[str, str, JSON]]) -> Call:
-        """The ContactCard/set for some entries. When anyone else has written since the cards were
-        read, nothing is done (RFC 8620 section 5.3)."""
-        arguments: JSON = {"ifInState": self._state, "create": {}, "update": {}, "destroy": {}}
-        for verb, key, value in portion.values():
-            arguments[verb][key] = value
-        return "ContactCard/set", {**arguments, "destroy": list(arguments["destroy"])}
-
-    def _entry(self, change: CardChange) -> tuple[str, str, JSON]:
-        if change.card and change.destroy:
-            return "destroy", change.card.ref, {"destroy": True}
-        if change.card:
-            return "update", change.card.ref, jmap_card_patch(change.card, change)
-        card = jmap_new_card(change, self._address_book) if change.kind else {}
-        return "create", f"new-{uuid.UUID(change.uid)}", card
-
-    def untouched(self, cards: Collection[Card]) -> frozenset[str]:
-        """The refs of those cards that hold nothing but what Mailroom puts into a new one. Whoever
-        writes to one of them later makes `apply` fail. Raises ServerError."""
-        ids = [card.ref for card in cards]
-        most = self._client.limits["maxObjectsInGet"]
-        gets = [("ContactCard/get", {"ids": ids[n : n + most]}) for n in range(0, len(ids), most)]
-        found: set[str] = set()
-        for [answer] in self._client.send([[get] for get in gets]):
-            with understood("ContactCard/get"):
-                raws = expect(answer)["list"]
-                found |= {raw["id"] for raw in raws if jmap_is_untouched(raw, self._address_book)}
-        return frozenset(found)
-
-
-def jmap_card(raw: JSON) -> Card:
-    """A Card from a ContactCard (RFC 9553)."""
-    name = raw.get("name") or {}
-    components = name.get("components") or []
-    parts = [part["value"] for part in components if part["kind"] in NAME_PARTS]
-    parts = parts or [part["value"] for part in components]
-    firms = [firm.get("name") for firm in (raw.get("organizations") or {}).values()]
-    emails = (email["address"] for email in (raw.get("emails") or {}).values())
-    return Card(
-        uid=as_text(raw["uid"]),
-        ref=as_text(raw["id"]),
-        name=as_text(name.get("full") or " ".join(parts) or next(filter(None, firms), "")),
-        emails=frozenset(email.strip().lower() for email in emails),
-        notes={key: as_text(note["note"]) for key, note in (raw.get("notes") or {}).items()},
-        created=as_text(raw.get("created") or ""),
-        is_group=raw.get("kind") == "group",
-        members=members_of(raw),
-    )
-
-
-def members_of(raw: JSON) -> frozenset[str]:
-    """The uids of a group's members (RFC 9553 section 2.1.6), as far as it comes with them."""
-    return frozenset(uid for uid, there in (raw.get("members") or {}).items() if there)
-
-
-def groups_with(uid: str) -> Call:
-    """The search for the groups that have a member (RFC 9610 section 3.3.1)."""
-    return "ContactCard/query", {"filter": {"hasMember": uid}}
-
-
-def jmap_name(change: CardChange) -> JSON:
-    """The properties that name a contact: a person's name in parts, or an organization."""
-    if change.kind == "group":
-        return {"name": {"full": change.name}}
-    if change.kind == "company":
-        return {"name": {"full": change.name}, "organizations": {"o1": {"name": change.name}}}
-    parts = zip(("given", "surname"), split_name(change.name), strict=True)
-    components = [{"kind": kind, "value": value} for kind, value in parts if value]
-    return {"name": {"full": change.name, "components": components, "isOrdered": True}}
-
-
-def jmap_new_card(change: CardChange, address_book: str) -> JSON:
-    """The ContactCard of a new contact, or of a new group."""
-    card = {
-        "@type": "Card",
-        "version": "1.0",
-        "uid": change.uid,
-        "kind": CARD_KINDS[change.kind],
-        "addressBookIds": {address_book: True},
-        **jmap_name(change),
-        "emails": {"e1": {"address": change.address}},
-        "notes": {"n1": {"note": "\n".join(change.note)}},
-    }
-    return {key: card[key] for key in card if change.address or key not in ("emails", "notes")}
-
-
-def scalars(value: Any, key: str = "") -> set[tuple[str, Any]]:
-    """{(nearest key, scalar)} of a JSON value, without the types of objects (`@type`), which a
-    server may leave out."""
-    if isinstance(value, list):
-        return {pair for each in value for pair in scalars(each, key)}
-    if not isinstance(value, dict):
-        return {(key, value)} if key != "@type" else set()
-    return {pair for name, each in value.items() for pair in scalars(each, name)}
-
-
-def jmap_is_untouched(raw: JSON, address_book: str) -> bool:
-    """Whether a ContactCard has nothing in it that Mailroom would not make it with. Its notes, and
-    whether its name is the mail's, are judged by the rules."""
-    there = scalars({key: raw[key] for key in raw.keys() - NOT_TOUCHES})
-    made_anew = ways_to_make(jmap_card(raw))
-    return any(there <= scalars(jmap_new_card(change, address_book)) for change in made_anew)
-
-
-def jmap_card_patch(card: Card, change: CardChange) -> JSON:
-    """The patch (RFC 8620 section 5.3) for a card that is there. All that a path leads through has
-    to be there already, so the first note or member is set with what holds it."""
-    patch: JSON = {}
-    if change.name:
-        patch["name"] = jmap_name(change)["name"]
-    if change.note and card.notes:
-        key, text = next(iter(card.notes.items()))
-        patch[f"notes/{pointer(key)}/note"] = "\n".join(filter(None, [text, *change.note]))
-    elif change.note:
-        patch["notes"] = {"n1": {"note": "\n".join(change.note)}}
-    if change.clean:
-        patch |= jmap_clean_notes(card.notes)
-    if change.add and not card.members:
-        patch["members"] = dict.fromkeys(sorted(change.add), True)
-    elif change.add:
-        patch |= {f"members/{pointer(uid)}": True for uid in sorted(change.add)}
-    return patch | {f"members/{pointer(uid)}": None for uid in sorted(change.remove)}
-
-
-def jmap_clean_notes(notes: Mapping[str, str]) -> JSON:
-    """The patch that takes Mailroom's lines out of the notes, and notes that held nothing else."""
-    cleaned = {key: clean_note(text) for key, text in notes.items() if clean_note(text) != text}
-    if cleaned.keys() == notes.keys() and not any(cleaned.values()):
-        return {"notes": None} if notes else {}
-    return {
-        f"notes/{pointer(key)}" + ("/note" if text else ""): text or None
-        for key, text in cleaned.items()
-    }
-
-
-def pointer(token: str) -> str:
-    """A token as it stands in a JSON pointer (RFC 6901 section 3)."""
-    return token.replace("~", "~0").replace("/", "~1")
-
-
-# ------------------------------------------------------------------------------------------------
-# vCards (RFC 6350, RFC 2426): read and edited line by line, so that all else stays as it is
-# ------------------------------------------------------------------------------------------------
-
-PROPERTY = re.compile(r'(?:[\w-]+\.)?([\w-]+)((?:;(?:[^:;"]|"[^"]*")*)*):(.*)', re.DOTALL)
-APPLE_KIND, APPLE_MEMBER = "X-ADDRESSBOOKSERVER-KIND", "X-ADDRESSBOOKSERVER-MEMBER"
-MEMBERS = ("MEMBER", APPLE_MEMBER)
-# A value that is not the text itself; vCard 2.1 may say so without ENCODING.
-ENCODED = re.compile("ENCODING|QUOTED-PRINTABLE|BASE64", re.IGNORECASE)
-
-
-class Property(NamedTuple):
-    """A content line: the name in upper case, without a group; the parameters and value raw."""
-
-    name: str
-    parameters: str
-    value: str
-
-    @property
-    def text(self) -> str:
-        """The value of a text property (RFC 6350 section 3.4)."""
-        return re.sub(
-            r"\\(.)", lambda m: "\n" if m[1] in "nN" else m[1], self.value, flags=re.DOTALL
-        )
-
-
-def vcard_lines(text: str) -> list[str]:
-    """The content lines as they stand, folds and line ends included (RFC 6350 section 3.2)."""
-    return re.findall(r"[^\n]+(?:\n[ \t][^\n]*)*\n?|\n(?:[ \t][^\n]*\n?)*", text)
-
-
-def vcard_unfold(line: str) -> str:
-    """A content line without folds and line end."""
-    return re.sub(r"\r?\n[ \t]", "", line).rstrip("\r\n")
-
-
-def vcard_property(line: str) -> Property:
-    """What a content line says; one that cannot be read has an empty name."""
-    unfolded = vcard_unfold(line)
-    match = PROPERTY.fullmatch(unfolded)
-    return Property(match[1].upper(), match[2], match[3]) if match else Property("", "", unfolded)
-
-
-def vcard_escape(text: str) -> str:
-    """A text as a value (RFC 6350 section 3.4)."""
-    return re.sub(r"([\\,;])", r"\\\1", text).replace("\n", "\\n")
-
-
-def vcard_fold(line: str, eol: str) -> str:
-    """A content line, folded so that none is longer than 75 octets."""
-    folded, width = "", 0
-    for character in line:
-        octets = len(character.encode())
-        if width + octets > 75:
-            folded, width = f"{folded}{eol} ", 1
-        folded, width = folded + character, width + octets
-    return folded + eol
-
-
-def canonical_uid(value: str) -> str:
-    """A uid as `urn:uuid:...`, which cards may leave out and members have."""
-    return "urn:uuid:" + re.sub("^urn:uuid:", "", value.strip(), flags=re.IGNORECASE)
-
-
-def vcard_card(href: str, text: str, created: str) -> Card | None:
-    """A Card from a vCard, or None without a UID: nothing can refer to it."""
-    values: dict[str, list[Property]] = defaultdict(list)
-    for each in map(vcard_property, vcard_lines(text)):
-        values[each.name].append(each)
-    if not values["UID"]:
-        return None
-    parts = [[*each.text.split(";")[1:3], each.text.split(";")[0]] for each in values["N"]]
-    parts += [each.text.split(";") for each in values["ORG"]]
-    structured = (" ".join(filter(None, map(str.strip, each))) for each in parts)
-    names = [*(each.text.strip() for each in values["FN"]), *structured]
-    return Card(
-        uid=canonical_uid(values["UID"][0].value),
-        ref=href,
-        name=next(filter(None, names), ""),
-        emails=frozenset(each.text.strip().lower() for each in values["EMAIL"]),
-        notes={str(n): each.text for n, each in enumerate(values["NOTE"])},
-        created=created,
-        is_group=any(each.value.lower() == "group" for each in values["KIND"] + values[APPLE_KIND]),
-        members=frozenset(
-            canonical_uid(each.value) for each in values["MEMBER"] + values[APPLE_MEMBER]
-        ),
-    )
-
-
-def new_vcard(change: CardChange) -> str:
-    """The vCard 3.0 of a new contact or group; a company's and a group's as Apple and Fastmail have
-    it."""
-    name = vcard_escape(change.name)
-    given, surname = map(vcard_escape, split_name(change.name))
-    note = vcard_escape("\n".join(change.note))
-    kinds = {
-        "person": [f"N:{surname};{given};;;"],
-        "company": ["N:;;;;", f"ORG:{name}", "X-ABSHOWAS:COMPANY"],
-        "group": [f"N:{name};;;;", f"{APPLE_KIND}:group"],
-    }
-    lines = [
-        "BEGIN:VCARD",
-        "VERSION:3.0",
-        f"PRODID:-//Mailroom//{VERSION}//EN",
-        f"UID:{uuid.UUID(change.uid)}",
-        f"FN:{name}",
-        *kinds[change.kind],
-        *([f"EMAIL;TYPE=INTERNET:{vcard_escape(change.address)}"] if change.address else []),
-        *([f"NOTE:{note}"] if note else []),
-        "END:VCARD",
-    ]
-    return "".join(vcard_fold(line, "\r\n") for line in lines)
-
-
-def edit_vcard(text: str, change: CardChange) -> str:
-    """The vCard with the change made, as far as it is not made already: lines are added before its
-    end, a note grows by a fold, and a member that leaves goes with its line, as does a note that
-    has nothing left. Raises ValueError when the vCard has no end."""
-    eol = "\r\n" if "\r\n" in text else "\n"
-    lines = [(line, vcard_property(line)) for line in vcard_lines(text)]
-    names = {each.name for _, each in lines}
-    if "END" not in names:
-        raise ValueError("a vCard without an END")
-    member = APPLE_MEMBER if APPLE_KIND in names else "MEMBER"
-    there = {canonical_uid(each.value) for _, each in lines if each.name in MEMBERS}
-    added = [f"{member}:{uid}" for uid in sorted(change.add - there)]
-    named = any(each.name == "FN" and each.value.strip() for _, each in lines)
-    added += [f"FN:{vcard_escape(change.name)}"] if change.name and not named else []
-    told = {line for _, each in lines if each.name == "NOTE" for line in each.text.splitlines()}
-    note, edited = vcard_escape("\n".join(line for line in change.note if line not in told)), ""
-    for line, each in lines:
-        if each.name == "END":
-            added += [f"NOTE:{note}"] if note else []
-            edited += "".join(vcard_fold(new, eol) for new in added)
-        leaves = each.name in MEMBERS and canonical_uid(each.value) in change.remove
-        is_note = each.name == "NOTE" and each.value and not ENCODED.search(each.parameters)
-        if is_note and change.clean:
-            edited += vcard_clean_note(line, eol)
-        elif not leaves and not (change.name and each.name == "FN" and not named):
-            edited += line
-        if note and is_note:
-            edited += vcard_fold(f" \\n{note}", eol)
-            note = ""
-    return edited
-
-
-def vcard_clean_note(line: str, eol: str) -> str:
-    """A NOTE without Mailroom's lines; empty when nothing is left of it."""
-    value = vcard_property(line).value
-    cleaned = clean_note(value, r"\\[nN]")
-    if cleaned == value:
-        return line
-    return vcard_fold(vcard_unfold(line).removesuffix(value) + cleaned, eol) if cleaned else ""
-
-
-def vcard_facts(text: str) -> set[tuple[str, str]]:
-    """{(property, its value or its parameters)} of what a person may have put into a vCard."""
-    facts = set()
-    for each in map(vcard_property, vcard_lines(text)):
-        if each.name not in ("VERSION", "PRODID", "REV", "UID", "NOTE", *MEMBERS):
-            facts |= {(each.name, each.value.strip()), (each.name, each.parameters.upper())}
-    return facts
-
-
-def vcard_is_untouched(text: str) -> bool:
-    """Whether a vCard has nothing in it that Mailroom would not make it with. Its notes, and
-    whether its name is the mail's, are judged by the rules."""
-    there, card = vcard_facts(text), vcard_card("", text, "")
-    made_anew = ways_to_make(card) if card else []
-    return any(there <= vcard_facts(new_vcard(change)) for change in made_anew)
-
-
-# ------------------------------------------------------------------------------------------------
-# Contacts over CardDAV (RFC 6352)
-# ------------------------------------------------------------------------------------------------
-
-DAV, CARD = "{DAV:}", "{urn:ietf:params:xml:ns:carddav}"
-DAV_TYPE = "application/xml; charset=utf-8"
-# The properties by which a card is known, and those that the rules ask of it.
-KNOWN_BY = ("UID", "EMAIL", "KIND", APPLE_KIND)
-JUDGED_BY = (*KNOWN_BY, "FN", "N", "ORG", "NOTE", "MEMBER", APPLE_MEMBER)
-# The search key of every group.
-ANY_GROUP = "group"
-CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
-# What a PUT that has written is answered with. A 200 may be: but so are pages of a proxy.
-WRITTEN = (201, 204)
-EDIT_ATTEMPTS = 4
-CARDDAV_REMEDY = (
-    "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password) "
-    "and MAILROOM_CARDDAV_URL"
-)
-VERSION_4_QUERY = (
-    "<D:prop><D:getetag/></D:prop>",
-    '<C:filter><C:prop-filter name="VERSION">',
-    '<C:text-match collation="i;unicode-casemap" match-type="equals">4.0</C:text-match>',
-    "</C:prop-filter></C:filter>",
-)
-DISCOVERED = (
-    "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/>"
-    "<C:addressbook-home-set/><C:supported-address-data/><D:sync-token/></D:prop>"
-)
-DAVProperties = dict[str, ElementTree.Element]
-
-
-@dataclass(frozen=True)
-class AddressBook:
-    """What is known of an address book while the program runs: the token of its state, if the
-    server has any; what its cards are known by, by their URLs, once they were listed (see
-    `search_keys`); and which of them are of version 4.0."""
-
-    has_version_4: bool
-    token: str
-    keys: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    version_4: frozenset[str] = frozenset()
-
-
-class VCard(NamedTuple):
-    """A vCard. `etag`: that of just this text, empty where the server may have it in other bytes,
-    so that it must not be written back; `created`: when it was made, as far as the server tells."""
-
-    text: str
-    etag: str
-    created: str
-
-
-def search_keys(card: Card) -> tuple[int, ...]:
-    """What a card is known by: its addresses, its uid and whether it is a group; as hashes, because
-    the texts of thousands of cards take much memory. Of two with one hash both are read."""
-    return tuple(map(hash, {*card.emails, card.uid, *([ANY_GROUP] if card.is_group else [])}))
-
-
-def card_properties(names: Iterable[str] = (), version: str = "") -> str:
-    """The properties to ask of cards: of the vCard those with the names, or without names all of
-    it, in a version if one is given."""
-    data_type = f' content-type="text/vcard" version="{version}"' if version else ""
-    parts = "".join(f'<C:prop name="{name}"/>' for name in names)
-    return (
-        "<D:prop><D:creationdate/><D:getcontentlength/><D:getetag/>"
-        f"<C:address-data{data_type}>{parts}</C:address-data></D:prop>"
-    )
-
-
-def dav_body(root: str, *elements: str) -> bytes:
-    """A request body in the namespaces of WebDAV (D) and CardDAV (C)."""
-    declared = 'xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav"'
-    return f"<{root} {declared}>{''.join(elements)}</{root}>".encode()
-
-
-def dav_properties(url: str, body: bytes) -> Iterator[tuple[str, DAVProperties]]:
-    """(URL, {property: element}) of each response in a multistatus (RFC 4918 section 13): those
-    with status 200, and the status of what is gone; last the sync token, as the collection's (RFC
-    6578 section 3.2). A response that is read is let go, as thousands take much memory. Raises
-    ValueError for a listing that was cut short (RFC 6352 section 8.6.2)."""
-    # The expat that Python brings refuses entities that grow without bound.
-    elements = ElementTree.iterparse(io.BytesIO(body), ("start", "end"))  # noqa: S314
-    _, root = next(elements)
-    for event, response in elements:
-        if (event, response.tag) != ("end", f"{DAV}response"):
-            continue
-        if " 507" in response.findtext(f"{DAV}status", ""):
-            raise ValueError("the listing is cut short")
-        if not (href := href_in(url, response)):
-            raise ValueError("a response without href")
-        properties: DAVProperties = {}
-        if " 404" in response.findtext(f"{DAV}status", ""):
-            properties |= {each.tag: each for each in response.findall(f"{DAV}status")}
-        for propstat in response.iter(f"{DAV}propstat"):
-            if " 200 " in propstat.findtext(f"{DAV}status", "") + " ":
-                properties |= {each.tag: each for each in propstat.findall(f"{DAV}prop/*")}
-        yield href, properties
-        root.remove(response)
-    for token in root.findall(f"{DAV}sync-token"):
-        yield url, {token.tag: token}
-
-
-def href_in(url: str, element: ElementTree.Element | None) -> str:
-    """The URL in an element, resolved against the one it came from; empty without one."""
-    href = "" if element is None else element.findtext(f"{DAV}href", "").strip()
-    return urljoin(url, href) if href else ""
-
-
-class CardDAVContacts:
-    """Contacts in the address books of a CardDAV account."""
-
-    def __init__(self, url: str, auth: AuthBase, stopping: Callable[[], bool]) -> None:
-        self._http = HTTPClient(auth, stopping, CARDDAV_REMEDY)
-        self._url = url
-        self._books: dict[str, AddressBook] = {}
-        # By URL: the groups, and the contacts that were read to be written; and the ETags of what
-        # was written here.
-        self._vcards: dict[str, VCard] = {}
-        self._written: dict[str, str] = {}
-
-    def prepare(self) -> None:
-        """Find the address books that can be written (RFC 6764 section 6): from the URL to the
-        principal, to its home, to what is in it."""
-        found = self._first_propfind()
-        if not any(map(is_address_book, found.values())):
-            home = self._follow(found, f"{CARD}addressbook-home-set")
-            if not home:
-                principal = self._follow(found, f"{DAV}current-user-principal")
-                if not principal:
-                    raise ConfigurationError(f"{self._url} knows no such user. {CARDDAV_REMEDY}")
-                home = self._follow(self._propfind(principal, "0"), f"{CARD}addressbook-home-set")
-            found = self._propfind(home, "1")
-        self._vcards, self._written = {}, {}
-        self._books = {
-            url: AddressBook(has_version_4(each), sync_token(each))
-            for url, each in sorted(
-                found.items(), key=lambda item: "/default" not in item[0].lower()
-            )
-            if is_address_book(each) and is_writable(each)
-        }
-        if not self._books:
-            raise ConfigurationError(
-                f"{self._url} has no address book to write into. {CARDDAV_REMEDY}"
-            )
-
-    def _follow(self, found: Mapping[str, DAVProperties], name: str) -> str:
-        """The URL that a property of what was found names; empty without one."""
-        for url, properties in found.items():
-            with understood(url):
-                return href_in(url, properties.get(name))
-        return ""
-
-    def _first_propfind(self) -> dict[str, DAVProperties]:
-        """The start of the search. A bare origin may or may not have a well-known URI."""
-        if urlsplit(self._url).path in ("", "/"):
-            try:
-                return self._propfind(urljoin(self._url, "/.well-known/carddav"), "0")
-            except ServerError as error:
-                if not error.answered:
-                    raise
-        return self._propfind(self._url, "0")
-
-    def _propfind(self, url: str, depth: str) -> dict[str, DAVProperties]:
-        try:
-            with understood(url):
-                return dict(self._ask("PROPFIND", url, depth, "D:propfind", DISCOVERED))
-        except ServerError as error:
-            named = f"MAILROOM_CARDDAV_URL={self._url}: {error}"
-            raise ServerError(
-                named, answered=error.answered, retry_after=error.retry_after
-            ) from None
-
-    def _ask(
-        self, method: str, url: str, depth: str, *body: str
-    ) -> Iterator[tuple[str, DAVProperties]]:
-        """A request that a multistatus answers, and what that says. Raises MALFORMED errors."""
-        headers = {"Content-Type": DAV_TYPE, "Depth": depth}
-        reply = self._http.request(method, url, headers, dav_body(*body), accept=(207,))
-        return dav_properties(reply.url, reply.body)
-
-    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
-        """Nothing: the JMAP server does not know."""
-        return [], []
-
-    def cards(
-        self, addresses: Collection[str] | None, answers: Sequence[JSON], found: Sequence[Found]
-    ) -> list[Card]:
-        """The groups, the contacts of the addresses, and whoever has a uid that a new one may get;
-        without addresses all cards. Servers differ in what their filters miss (Cyrus 3.6: addresses
-        in property groups), and a contact missed would be doubled: so all are listed once, and from
-        then on what has changed. Where that fails (the token is too old, a property that is none of
-        Mailroom's cannot be shown, say) all are listed again, and no more is read than is needed.
-        """
-        try:
-            return self._read(addresses)
-        except (ServerError, ConfigurationError) as error:
-            if error.retry_after:
-                raise
-            self.prepare()
-            return self._read(addresses, JUDGED_BY)
-
-    def _read(
-        self, addresses: Collection[str] | None, properties: Collection[str] = ()
-    ) -> list[Card]:
-        """The cards, with all or some of their properties."""
-        self._books = {url: self._updated(url, book) for url, book in self._books.items()}
-        if addresses is None:
-            return [card for url in self._books for card in self._all_cards(url)]
-        lines = (islice(own_uids(f"mailto:{each}"), UIDS_IN_LINE) for each in addresses)
-        asked = {hash(key) for key in (ANY_GROUP, *addresses, *chain(*lines))}
-        known, self._vcards = self._vcards, {}
-        for url, book in self._books.items():
-            hrefs = {href for href, keys in book.keys.items() if not asked.isdisjoint(keys)}
-            self._vcards |= {href: known[href] for href in hrefs & known.keys()}
-            self._get_all(url, hrefs - book.version_4, properties)
-            self._get_all(url, hrefs & book.version_4, properties, "4.0")
-        cards = (vcard_card(href, each.text, each.created) for href, each in self._vcards.items())
-        return [card for card in cards if card]
-
-    def _all_cards(self, url: str) -> list[Card]:
-        """All cards of an address book, by what the rules ask of them."""
-        query = ("1", "C:addressbook-query", card_properties(JUDGED_BY), "<C:filter/>")
-        with understood(url):
-            cards = [dav_card(href, each) for href, each in self._ask("REPORT", url, *query)]
-        return [card for card in cards if card]
-
-    def _updated(self, url: str, book: AddressBook) -> AddressBook:
-        """The address book as it is now: with what has changed (RFC 6578), or listed as a whole
-        where it was not yet or the server cannot tell. Cards that have changed are to be read
-        again; those of version 4.0 are found anew if anyone else has changed one."""
-        known = book.keys if book.token else {}
-        since = (book.token, "<D:sync-level>1</D:sync-level>")
-        changes = ("0", "D:sync-collection", *since, card_properties(KNOWN_BY))
-        everything = ("1", "C:addressbook-query", card_properties(KNOWN_BY), "<C:filter/>")
-        changed: dict[str, tuple[int, ...]] = {}
-        token, by_others = book.token, False
-        with understood(url):
-            for href, each in self._ask("REPORT", url, *(changes if known else everything)):
-                token = sync_token(each) or token
-                card, written = dav_card(href, each), self._written.pop(href, None)
-                changed[href] = search_keys(card) if card else ()
-                by_others |= bool(card) and dav_text(each, "getetag") != written
-                self._vcards.pop(href, None)
-            if book.has_version_4 and by_others:
-                query = ("1", "C:addressbook-query", *VERSION_4_QUERY)
-                book = replace(book, version_4=frozenset(dict(self._ask("REPORT", url, *query))))
-        keys = {href: some for href, some in {**known, **changed}.items() if some}
-        return replace(book, token=token, keys=keys)
-
-    def _get_all(
-        self, url: str, hrefs: set[str], properties: Collection[str], version: str = ""
-    ) -> None:
-        """Read those cards of an address book that are not known as they are (RFC 6352 section
-        8.7). A server may show a card of version 4.0 as 3.0 unless it is asked for as it is."""
-        unread = sorted(hrefs - self._vcards.keys())
-        if not unread:
-            return
-        paths = (urlsplit(href)._replace(scheme="", netloc="").geturl() for href in unread)
-        named = (f"<D:href>{escape(path)}</D:href>" for path in paths)
-        query = ("0", "C:addressbook-multiget", card_properties(properties, version), *named)
-        with understood(url):
-            read = {href: dav_vcard(each) for href, each in self._ask("REPORT", url, *query)}
-            for href in unread:
-                if vcard := read[href]:
-                    self._vcards[href] = vcard._replace(etag="") if properties else vcard
-
-    def calls(self, changes: Collection[CardChange]) -> list[Call]:
-        """Nothing: the JMAP server has no part in it."""
-        return []
-
-    def apply(
-        self, changes: Collection[CardChange], answers: Sequence[JSON] = ()
-    ) -> dict[str, str]:
-        """Carry out the changes, one card after the other; {uid: why it was refused}. Who could
-        not be made joins no group. Raises ServerError."""
-        refused: dict[str, str] = {}
-        for change in changes:
-            joining = replace(change, add=change.add - refused.keys())
-            try:
-                reason = self._carry_out(joining)
-            except ValueError as error:
-                reason = f"it cannot be read: {error}"
-            if reason:
-                refused[change.uid] = reason
-        return refused
-
-    def untouched(self, cards: Collection[Card]) -> frozenset[str]:
-        """The refs of those cards that hold nothing but what Mailroom puts into a new one, and are
-        as they were listed: the rules judge that. What they are destroyed by later is the version
-        seen here. Raises ServerError."""
-        found = set()
-        for card in cards:
-            with understood(card.ref):
-                text, etag = self._as_it_is(card)
-            if not etag:  # It would be taken for touched, and never be known as Mailroom's again.
-                raise ServerError(f"{card.ref} answers {text}", answered=True)
-            if vcard_is_untouched(text) and vcard_card(card.ref, text, card.created) == card:
-                self._vcards[card.ref] = VCard(text, etag, card.created)
-                found.add(card.ref)
-        return frozenset(found)
-
-    def _carry_out(self, change: CardChange) -> str:
-        """Why a change was refused. Raises ValueError for a card that cannot be read."""
-        if change.card:
-            return self._destroy(change.card) if change.destroy else self._edit(change.card, change)
-        return self._create(change) if change.kind else ""
-
-    def _destroy(self, card: Card) -> str:
-        """Delete a card, if it is as it was seen; why it failed. After a 200, which may be anyone's
-        page, it is asked once more: the card has to be gone then."""
-        headers = {"If-Match": self._vcards.pop(card.ref).etag}
-        status = self._http.request("DELETE", card.ref, headers, accept=CARD_ANSWERS).status
-        if status == 200:
-            status = self._http.request("DELETE", card.ref, headers, accept=CARD_ANSWERS).status
-            return "" if status == 404 else f"HTTP {status}"
-        return "" if status == 204 else f"HTTP {status}"
-
-    def _create(self, change: CardChange) -> str:
-        """Make a card at a place of its own, where no second one can be made; why it failed."""
-        url = urljoin(next(iter(self._books)), f"{uuid.UUID(change.uid)}.vcf")
-        status, _ = self._put(url, new_vcard(change), {"If-None-Match": "*"})
-        return "" if status in WRITTEN else f"HTTP {status}"
-
-    def _edit(self, card: Card, change: CardChange) -> str:
-        """Change a card as it is, again while others change it too; why it failed. After a 200,
-        which may be anyone's page, the card is read again: the change has to be in it then. A group
-        may have to be changed once more before it is read again."""
-        for _ in range(EDIT_ATTEMPTS):
-            text, etag = self._as_it_is(card)
-            if not etag:
-                return text
-            edited = edit_vcard(text, change)
-            if edited == text:
-                return ""
-            self._vcards.pop(card.ref, None)
-            status, etag = self._put(card.ref, edited, {"If-Match": etag})
-            if status in WRITTEN:
-                if card.is_group:
-                    self._vcards[card.ref] = VCard(edited, etag, card.created)
-                return ""
-            if status not in (200, 412):
-                return f"HTTP {status}"
-        return "someone else keeps changing it"
-
-    def _as_it_is(self, card: Card) -> tuple[str, str]:
-        """(the vCard, its ETag) as they were last seen, or else as `_get` has them."""
-        seen = self._vcards.get(card.ref)
-        return (seen.text, seen.etag) if seen and seen.etag else self._get(card)
-
-    def _get(self, card: Card) -> tuple[str, str]:
-        """(the vCard, its ETag), or (why there is none, nothing). A server may show a card of
-        version 4.0 as 3.0, but what it is sent it keeps: such a card is asked for as it is. Raises
-        ValueError for one that is no text."""
-        is_version_4 = any(card.ref in book.version_4 for book in self._books.values())
-        version = "; version=4.0" if is_version_4 else ""
-        headers = {"Accept": f"text/vcard{version}", "Accept-Encoding": "identity"}
-        reply = self._http.request("GET", card.ref, headers, accept=CARD_ANSWERS)
-        etag = reply.headers.get("ETag", "")
-        if reply.status != 200 or not etag:
-            return f"HTTP {reply.status}, ETag {etag or None}", ""
-        return reply.body.decode(), etag
-
-    def _put(self, url: str, text: str, condition: Mapping[str, str]) -> tuple[int, str]:
-        """Write a vCard; (the status of the answer, the ETag). A server that makes something else
-        of what it is sent tells no strong ETag (RFC 6352 section 6.3.2.3)."""
-        headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
-        reply = self._http.request("PUT", url, headers, text.encode(), accept=CARD_ANSWERS)
-        etag = reply.headers.get("ETag", "")
-        if reply.status in WRITTEN:
-            self._written[url] = etag
-        return reply.status, etag if etag.startswith('"') else ""
-
-
-def is_address_book(properties: DAVProperties) -> bool:
-    resource_type = properties.get(f"{DAV}resourcetype")
-    return resource_type is not None and resource_type.find(f"{CARD}addressbook") is not None
-
-
-def is_writable(properties: DAVProperties) -> bool:
-    """Whether a collection takes new members, as far as it says (RFC 3744 section 5.4)."""
-    privileges = properties.get(f"{DAV}current-user-privilege-set")
-    granted = {each.tag for each in privileges.iter()} if privileges is not None else {f"{DAV}all"}
-    return not granted.isdisjoint({f"{DAV}{name}" for name in ("all", "write", "bind")})
-
-
-def has_version_4(properties: DAVProperties) -> bool:
-    """Whether an address book may hold vCards of version 4.0 (RFC 6352 section 6.2.2)."""
-    types = properties.get(f"{CARD}supported-address-data")
-    return types is not None and any(each.get("version") == "4.0" for each in types.iter())
-
-
-def sync_token(properties: DAVProperties) -> str:
-    """The token of a collection's state (RFC 6578 section 4), as XML; empty without one."""
-    token = properties.get(f"{DAV}sync-token")
-    return "" if token is None or not token.text else ElementTree.tostring(token, "unicode")
-
-
-def dav_text(properties: DAVProperties, name: str) -> str:
-    """The text of a property of WebDAV; empty without it."""
-    element = properties.get(f"{DAV}{name}")
-    return (element.text or "") if element is not None else ""
-
-
-def dav_vcard(properties: DAVProperties) -> VCard | None:
-    """A vCard from what a REPORT says of it, None of one that is gone or of the collection itself.
-    Raises LookupError when nothing is said.
-
-    In XML all lines end alike (XML 1.0 section 2.11); those of a vCard end with CRLF. If the server
-    says another size, it has it in other bytes.
-    """
-    if properties.keys() & {f"{DAV}status", f"{DAV}sync-token"}:
-        return None
-    text = re.sub("\r?\n", "\r\n", properties[f"{CARD}address-data"].text or "")
-    size, etag = dav_text(properties, "getcontentlength"), dav_text(properties, "getetag")
-    is_whole = size in ("", str(len(text.encode())))
-    return VCard(text, etag if is_whole else "", dav_text(properties, "creationdate"))
-
-
-def dav_card(url: str, properties: DAVProperties) -> Card | None:
-    """A Card from the same."""
-    vcard = dav_vcard(properties)
-    return vcard_card(url, vcard.text, vcard.created) if vcard else None
-
-
-# ------------------------------------------------------------------------------------------------
-# Push: the event stream (RFC 8620 section 7.3)
-# ------------------------------------------------------------------------------------------------
-
-PING_SECONDS = 30.0
-QUIET_LIMIT = 3 * PING_SECONDS
-MAX_PING_SECONDS = 600.0
-FIRST_DELAY = 1.0
-MAX_DELAY = 60.0
-PROVEN_SECONDS = 60.0
-ANSWER_TIMEOUT = 30.0
-MAX_EVENT_CHARACTERS = 2**16
-MAX_EVENTS_KEPT = 100
-CONNECTED = "connected"
-SENDABLE_ID = re.compile("[!-~]([ -~]{0,1000}[!-~])?")
-
-
-class StreamEnd(MailroomError):  # noqa: N818  (streams end: that is no error in itself)
-    """Why a stream ended. `level`: how loudly to say so; `at_least`: the seconds to stay away, None
-    where the next connection is to be made at once."""
-
-    def __init__(
-        self, reason: str, level: int = logging.WARNING, at_least: float | None = 0
-    ) -> None:
-        super().__init__(reason)
-        self.level = level
-        self.at_least = at_least
-
-
-@dataclass
-class StreamStatus:
-    """What the health page says of the stream; times are ISO 8601. Only the stream writes it."""
-
-    status: str = "disconnected"
-    connected_since: str | None = None
-    last_event_at: str | None = None
-    reconnect_count: int = 0
-    last_error: str | None = None
-
-    def ended(self, reason: str, level: int) -> None:
-        self.status, self.connected_since = "disconnected", None
-        self.last_error = reason if level > logging.DEBUG else self.last_error
-
-
-def expand_event_source_url(url: str) -> str:
-    """The URL to listen at: the template (RFC 8620 section 7.3) filled in, or where there is none
-    the parameters appended."""
-    values = {"types": "Email,Mailbox", "closeafter": "no", "ping": f"{PING_SECONDS:.0f}"}
-    if "{" in url:
-        return expand(url, values)
-    parameters = "&".join(f"{key}={value}" for key, value in values.items())
-    return f"{url}{'&' if '?' in url else '?'}{parameters}"
-
-
-def backoff(attempt: int, first: float = FIRST_DELAY) -> float:
-    """The seconds to wait after failed attempt 0, 1, 2 ...: doubling from `first` to MAX_DELAY."""
-    return min(first * 2.0 ** min(attempt, 16), MAX_DELAY)
-
-
-def first_delay(retry: str) -> float:
-    """The first delay in seconds, from a `retry:` field in milliseconds; never a hot loop."""
-    return min(max(int(retry[:12]) / 1000, FIRST_DELAY), MAX_DELAY)
-
-
-def quiet_limit(ping: str) -> float:
-    """The seconds after which a silent stream is dead, from the data of a ping event. Some servers
-    announce the interval in milliseconds."""
-    try:
-        interval = float(json.loads(ping)["interval"])
-    except MALFORMED:
-        return QUIET_LIMIT
-    seconds = interval if interval <= MAX_PING_SECONDS else interval / 1000
-    return max(QUIET_LIMIT, 3 * min(seconds, MAX_PING_SECONDS))
-
-
-def event_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The stream's events one by one, as sseclient can digest them: whole, of bounded size, in
-    good UTF-8, without comments, and each with data so that none is dropped.
-
-    Raises StreamEnd for an event that is too long. One that is cut off is not dispatched (HTML
-    Living Standard, section 9.2.6).
-    """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-    lines: list[str] = []
-    rest, after_cr, size = "", False, 0
-    for chunk in chunks:
-        text = decoder.decode(chunk)
-        if not text:
-            continue
-        unread = text.removeprefix("\n") if after_cr else text
-        after_cr = text.endswith("\r")
-        *whole, rest = (rest + re.sub("\r\n?", "\n", unread)).split("\n")
-        for line in whole:
-            if line and not line.startswith(":"):
-                lines.append(line)
-                size += len(line)
-            elif lines and not line:
-                yield "\n".join([*lines, "data:", "", ""]).encode()
-                lines, size = [], 0
-        if len(rest) + size > MAX_EVENT_CHARACTERS:
-            raise StreamEnd(f"an event has more than {MAX_EVENT_CHARACTERS} characters")
-
-
-def check_stream(response: requests.Response) -> None:
-    """Raises StreamEnd unless the response is an event stream."""
-    status, media_type = response.status_code, response.headers.get("Content-Type", "")
-    if status == 204:
-        raise StreamEnd("the server has no push (HTTP 204)", logging.INFO, MAX_DELAY)
-    if status in (401, 403):
-        raise StreamEnd(f"the credentials are refused (HTTP {status})", logging.ERROR, MAX_DELAY)
-    if status != 200:
-        raise StreamEnd(f"HTTP {status}", at_least=retry_after(response.headers))
-    if media_type.partition(";")[0].strip().lower() != "text/event-stream":
-        raise StreamEnd(f'the reply is "{media_type}", not an event stream')
-
-
-class EventStream:
-    """One connection after another to an event source, and what outlasts each of them. `url` tells
-    where it is by now, `on_open` is called for each connection that is made, `on_state` with the
-    data of each `state` event."""
-
-    def __init__(
-        self,
-        http: HTTPClient,
-        url: Callable[[], str],
-        status: StreamStatus,
-        log: Any,
-        on_open: Callable[[], object],
-        on_state: Callable[[str], object],
-    ) -> None:
-        self._http = http
-        self._url = url
-        self._status = status
-        self._log = log
-        self._on_open = on_open
-        self._on_state = on_state
-        self._told: set[str] = set()
-        self._opened_at = ""
-        self._last_event_id = ""
-        self._first_delay = FIRST_DELAY
-        self._quiet_limit = QUIET_LIMIT
-        self._attempt = 0
-        self._opened = 0.0
-        self._heard: set[str] = set()
-        self._proven = False
-
-    def follow(self, shutdown_event: Any) -> None:
-        """Connect again and again."""
-        while not shutdown_event.is_set():
-            try:
-                self.run()
-            except MailroomError as error:
-                end = error if isinstance(error, StreamEnd) else StreamEnd(str(error))
-                self._tell(end.level, str(end))
-                self._status.ended(str(end), end.level)
-                if end.at_least is not None:
-                    delay = backoff(self._attempt, self._first_delay)
-                    self._attempt += 1
-                    shutdown_event.wait(max(end.at_least, delay))
-
-    def run(self) -> None:
-        """One connection, to its end: raises StreamEnd."""
-        self._status.status = "connecting"
-        reason = "the server closed it"
-        with self._connect() as response:
-            self._note_open()
-            try:
-                for event in SSEClient(event_blocks(self._chunks(response))).events():
-                    self._take(event)
-            except (urllib3.exceptions.HTTPError, OSError) as error:
-                reason = f"it broke off: {network_reason(error)}"
-            finally:
-                self._note_end()
-        raise StreamEnd(reason, logging.DEBUG if self._proven else logging.WARNING)
-
-    def _tell(self, level: int, text: str) -> None:
-        """Log what happens to the stream, where it is news: once while it does not prove healthy,
-        and that it is connected once more after each failure that is news."""
-        if level == logging.DEBUG or text in self._told:
-            self._log.debug(f"event stream: {text}")
-            return
-        self._log.log(level, f"event stream: {text}")
-        self._told = {text} | (self._told if level == logging.INFO else set())
-
-    def _connect(self) -> requests.Response:
-        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        if self._last_event_id:
-            headers["Last-Event-ID"] = self._last_event_id
-        with gevent.Timeout(ANSWER_TIMEOUT, StreamEnd(f"no answer in {ANSWER_TIMEOUT:g} seconds")):
-            self._opened_at = self._url()
-            url = expand_event_source_url(self._opened_at)
-            response = self._http.open("GET", url, headers, read_timeout=None)
-        try:
-            check_stream(response)
-        except StreamEnd:
-            response.close()
-            raise
-        return response
-
-    def _chunks(self, response: requests.Response) -> Iterator[bytes]:
-        """The bytes as they arrive: `read1` does not wait for a buffer to fill. Some servers send
-        no pings, so it is routine that nothing comes for so long that the link may be dead."""
-        while True:
-            reason = f"nothing came for {self._quiet_limit:g} seconds, connecting again"
-            with gevent.Timeout(self._quiet_limit, StreamEnd(reason, logging.DEBUG, None)):
-                chunk = response.raw.read1(2**13)
-            if not chunk:
-                return
-            yield chunk
-            if self._url() != self._opened_at:
-                raise StreamEnd("the event source has moved", logging.DEBUG, None)
-
-    def _take(self, event: Any) -> None:
-        if event.event in ("state", "ping"):
-            self._heard.add(event.event)
-            self._status.last_event_at = now_iso()
-        if event.event == "ping":
-            self._quiet_limit = quiet_limit(event.data)
-        if event.id is not None and "\0" not in event.id:
-            self._last_event_id = event.id if SENDABLE_ID.fullmatch(event.id) else ""
-        if event.retry and re.fullmatch("[0-9]+", event.retry):
-            self._first_delay = first_delay(event.retry)
-        if event.event == "state":
-            self._on_state(event.data.strip())
-
-    def _note_open(self) -> None:
-        self._status.reconnect_count += bool(self._opened)
-        self._status.status, self._status.connected_since = "connected", now_iso()
-        self._opened, self._heard = time.monotonic(), set()
-        self._tell(logging.INFO, CONNECTED)
-        self._on_open()
-
-    def _note_end(self) -> None:
-        """A stream that proved healthy earns the first delay again. One without a `state` may wait
-        for an event id that is not to come (the server was restored from a backup)."""
-        self._proven = bool(self._heard) or time.monotonic() - self._opened >= PROVEN_SECONDS
-        if self._proven:
-            self._attempt, self._told = 0, {CONNECTED}
-        if "state" not in self._heard:
-            self._last_event_id = ""
+    """Return the seconds of a Retry-After header, within bounds; 0 without a sound one."""
+    with suppress(urllib3.exceptions.InvalidHeader, *MALFORMED):
+        wait = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))
+        return min(wait, MAX_RETRY_AFTER)
+    return 0.0
 
 
 def outcome(run: Callable[[], object]) -> BaseException | None:
@@ -2741,6 +1119,846 @@ def outcome(run: Callable[[], object]) -> BaseException | None:
     return None
 
 
+# JMAP (RFC 8620) ##################################################################################
+
+CORE = "urn:ietf:params:jmap:core"
+MAIL = "urn:ietf:params:jmap:mail"
+CONTACTS = "urn:ietf:params:jmap:contacts"
+SUBMISSION = "urn:ietf:params:jmap:submission"
+CAPABILITIES = {"AddressBook": CONTACTS, "ContactCard": CONTACTS, "Identity": SUBMISSION}
+MAX_PAGE = 4096
+JMAP_REMEDY = f"MAILROOM_JMAP_TOKEN has to be {HOW_TO_SIGN_IN}"
+# What a server takes at once (RFC 8620 section 2) if it does not say.
+DEFAULT_LIMITS = {"maxCallsInRequest": 16, "maxObjectsInGet": 500, "maxObjectsInSet": 500}
+# The method errors that will be the same tomorrow.
+LACKING = {"unknownMethod", "unknownCapability", "invalidArguments", "unsupportedFilter"}
+
+Call = tuple[str, JSON]
+Answers = tuple[list[JSON], list[list[Any]]]
+
+
+class MethodError(ServerError):
+    """A method-level error (RFC 8620 section 3.6.2), or the SetError `rateLimit` of an object,
+    which may say for how many seconds to leave the server alone."""
+
+    def __init__(self, method: str, error: JSON) -> None:
+        wait = 0.0
+        if error.get("type") == "rateLimit":
+            seconds = re.search(r"(\d+) ?s(ec|\b)", str(error.get("description")))
+            wait = min(float(seconds[1]) if seconds else LIMIT_SECONDS, MAX_RETRY_AFTER)
+        super().__init__(f"{method}: {error_text(error)}", answered=not wait, retry_after=wait)
+        self.method, self.is_lasting = method, error.get("type") in LACKING
+
+
+@dataclass(frozen=True)
+class Query:
+    """A Foo/query with the Foo/get of what it finds, of all `properties` where none are named.
+    `parse` makes a value of each object, or None of one that is not wanted; `most`: so many are
+    read, `page` at a time; messages by `receivedAt`, the newest first."""
+
+    type: str
+    filter: JSON | None
+    properties: Sequence[str] | None
+    parse: Callable[[JSON], Any]
+    most: int = sys.maxsize
+    page: int = MAX_PAGE
+
+
+def error_text(error: JSON) -> str:
+    """Return a method error or SetError in one line: its type, and what else it says."""
+    said = [error.get("type", "unknown error"), error.get("properties"), error.get("description")]
+    return truncate(" ".join(str(each) for each in said if each), MAX_SHOWN)
+
+
+def set_errors(done: JSON) -> Reasons:
+    """Return {id or creation id: why it was refused} of a Foo/set (RFC 8620 section 5.3); with what
+    is no longer there nothing is left to be done. Raises ServerError."""
+    refused = {}
+    with understood("Foo/set"):
+        for kind in ("notCreated", "notUpdated", "notDestroyed"):
+            for key, error in (done.get(kind) or {}).items():
+                if error.get("type") == "rateLimit":
+                    raise MethodError("Foo/set", error)
+                if error.get("type") != "notFound":
+                    refused[key] = error_text(error)
+    return refused
+
+
+def any_of(conditions: Iterable[JSON]) -> JSON:
+    """Return the filter (RFC 8620 section 5.5) that is met where one of the conditions is."""
+    return {"operator": "OR", "conditions": list(conditions)}
+
+
+def in_any(mailboxes: Iterable[str]) -> JSON:
+    """Return the filter for the messages in one of the mailboxes, given by id."""
+    return any_of({"inMailbox": box} for box in sorted(mailboxes))
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of at most so many."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+class JMAPClient:
+    """A JMAP session and the requests that are made in it. `hostname`: a host, or a URL;
+    `event_source_url`: where the events are, maybe a template, None without any; `stale`: connect
+    again before the next cycle."""
+
+    def __init__(self, token: str, hostname: str = "api.fastmail.com", username: str = "") -> None:
+        url = hostname if "://" in hostname else f"https://{hostname}/jmap/session"
+        self.session_url = at_well_known(url, "jmap")
+        self.session_capabilities: JSON = {}
+        self.event_source_url: str | None = None
+        self.limits, self.stale = DEFAULT_LIMITS, True
+        self._http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
+        self._session: JSON = {}
+        self._accounts: dict[str, JSON] = {}
+        self._state = ""
+
+    def connect(self) -> None:
+        """Fetch the session (RFC 8620 section 2). Raises ServerError, ConfigurationError."""
+        reply = self._http.request("GET", self.session_url, {"Accept": "application/json"})
+        media_type = reply.headers.get("Content-Type", "nothing").partition(";")[0]
+        with understood(reply.url, f"it sends {media_type}; check MAILROOM_JMAP_URL"):
+            session = json.loads(reply.body)
+            offered = session["capabilities"].get(CORE) or {}
+            limits = {key: max(1, int(offered.get(key) or n)) for key, n in DEFAULT_LIMITS.items()}
+            known, primary = session.get("accounts") or {}, session["primaryAccounts"].items()
+            accounts = {urn: {**known.get(id_, {}), "id": id_} for urn, id_ in primary if id_}
+            url = session["apiUrl"] = urljoin(reply.url, session["apiUrl"])
+            events = session.get("eventSourceUrl") and urljoin(reply.url, session["eventSourceUrl"])
+        if MAIL not in accounts:
+            raise ConfigurationError(f"the token gives no access to mail. {JMAP_REMEDY}")
+        if accounts[MAIL].get("isReadOnly"):
+            raise ConfigurationError("the token may only read mail: make one that may write it")
+        if unsafe := [each for each in (url, events) if each and not is_safe_url(each)]:
+            raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
+        self.session_capabilities, self.limits = session["capabilities"], limits
+        self.event_source_url = events or None
+        self._session, self._accounts, self._state, self.stale = session, accounts, "", False
+
+    @property
+    def account_id(self) -> str:
+        """The account for mail. Raises RuntimeError before `connect()`."""
+        if not self._accounts:
+            raise RuntimeError("connect() comes first")
+        return str(self._accounts[MAIL]["id"])
+
+    def account(self, capability: str) -> JSON:
+        """Return the session's account for a capability, with its id; empty without one."""
+        return self._accounts.get(capability, {})
+
+    def own_addresses(self) -> frozenset[str]:
+        """Return the keys of the user's own addresses, as far as the session tells. `*@domain`
+        stands for all addresses of a domain."""
+        own = [self._session.get("username")]
+        if self.account(SUBMISSION):
+            # The token may lack the scope for it.
+            with suppress(MethodError), understood("Identity/get"):
+                identities = self.call("Identity/get", {"ids": None})["list"]
+                own += [each.get("email") for each in identities]
+        return frozenset(address_key(str(each or "")) for each in own) - {""}
+
+    def call(self, method: str, arguments: JSON) -> JSON:
+        """Return the answer to a single call. Raises MethodError, ServerError."""
+        return self._post([(method, arguments)])[0]
+
+    def _post(self, calls: Sequence[Call]) -> list[JSON]:
+        """Make one API request (RFC 8620 section 3.3); an answer for each call, in their order."""
+        numbered, using = [], {CORE}
+        for n, (method, arguments) in enumerate(calls):
+            capability = CAPABILITIES.get(method.partition("/")[0], MAIL)
+            using.add(capability)
+            given = {"accountId": self.account(capability)["id"], **arguments}
+            if "#ids" in given:
+                given["#ids"] = {**given["#ids"], "resultOf": str(n - 1)}
+            numbered.append([method, given, str(n)])
+        body = json.dumps({"using": sorted(using), "methodCalls": numbered}).encode()
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        reply = self._http.request("POST", self._session["apiUrl"], headers, body)
+        with understood(reply.url):
+            decoded = json.loads(reply.body)
+            state = str(decoded.get("sessionState", ""))
+            said = {tag: (name, {**answer}) for name, answer, tag in decoded["methodResponses"]}
+            answers = [said[str(n)] for n in range(len(calls))]
+        self.stale |= self._state not in ("", state)
+        self._state = state
+        for (method, _), (name, answer) in zip(calls, answers, strict=True):
+            if name == "error":
+                raise MethodError(method, answer)
+        return [answer for _, answer in answers]
+
+    def fetch(self, queries: Sequence[Query], first: Sequence[Call] = ()) -> Answers:
+        """Return the answers to the `first` calls, and for each query the values of all that it
+        finds: in one request where the limits allow it, and one more for each further page. Raises
+        MethodError, ServerError."""
+        groups = [[call] for call in first] + [self._page(query, 0, "") for query in queries]
+        replies: list[list[JSON]] = []
+        # A query and its get stay together: one refers to the result of the other.
+        for batch in batched(groups, max(1, self.limits["maxCallsInRequest"] // 2)):
+            answers = iter(self._post([call for group in batch for call in group]))
+            replies += [list(islice(answers, len(group))) for group in batch]
+        pages = zip(queries, replies[len(first) :], strict=True)
+        return [reply[0] for reply in replies[: len(first)]], [self._all(*each) for each in pages]
+
+    def _all(self, query: Query, page: list[JSON]) -> list[Any]:
+        """Return the values of a query's first page and of all further ones."""
+        values, seen = list[Any](), 0
+        while True:
+            with understood(f"{query.type}/query"):
+                values += [v for v in map(query.parse, page[-1]["list"]) if v is not None]
+                ids = page[0]["ids"] if len(page) > 1 else []
+                seen += len(ids)
+                if not ids or seen >= min(query.most, page[0].get("total") or query.most):
+                    return values
+                last = as_text(ids[-1])
+            page.clear()  # Thousands of objects as they came take more memory than all else.
+            page = self._post(self._page(query, seen, last))
+
+    def _page(self, query: Query, seen: int, last: str) -> list[Call]:
+        """Return the calls for the page after an id. By position, a page would leave something out
+        when something before it goes away meanwhile."""
+        wanted = {"properties": query.properties}
+        if query.type == "Mailbox" and self.limits["maxObjectsInGet"] >= 500:
+            # Not every server can do Mailbox/query without a filter; these give all at once.
+            return [("Mailbox/get", {"ids": None, **wanted})]
+        size = min(self.limits["maxObjectsInGet"], query.page, query.most - seen)
+        start: JSON = {"anchor": last, "anchorOffset": 1} if last else {"position": 0}
+        asked = {"filter": query.filter, "limit": size, "calculateTotal": True, **start}
+        if query.type == "Email":
+            asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
+        ids = {"name": f"{query.type}/query", "path": "/ids"}
+        return [(ids["name"], asked), (f"{query.type}/get", {"#ids": ids, **wanted})]
+
+
+# Contacts: what both stores can do, and how it is done over JMAP (RFC 9610) #######################
+
+NO_CONTACTS = (
+    "the token may not read and write contacts: make one with the scope Contacts, or set "
+    "MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
+)
+# What a card may have in other ways than by a touch: from the server, or from triage.
+NOT_TOUCHES = {"id", "uid", "created", "updated", "prodId", "version", "members"}
+CARD_KINDS = {"company": "org", "person": "individual", "group": "group"}
+# Cards come with all that is in them, be it a photo.
+CARDS_IN_PAGE = 50
+Questions = tuple[list[Call], list[Query]]
+
+
+class ContactStore(Protocol):
+    """Where contacts are kept. A cycle asks the questions along with its own, gives the answers to
+    `cards`, and applies the changes that it plans."""
+
+    def prepare(self) -> None:
+        """Find the address book that is Mailroom's. Raises ConfigurationError, ServerError."""
+
+    def questions(self, addresses: Collection[str] | None) -> Questions:
+        """Return what to ask the JMAP server for the groups and for contacts that may have one of
+        the addresses, or for all cards."""
+
+    def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
+        """Return the cards, given the answers; there may be more than was asked for."""
+
+    def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
+        """Carry out the changes; {key: why it was refused}. Nothing is done to a card that is not
+        as it was read. Who could not be made joins no group. Raises ServerError."""
+
+
+class JMAPContacts:
+    """Contacts in a JMAP account. Mailroom's address book is the default one that may be written;
+    those that may not be written do not count."""
+
+    def __init__(self, client: JMAPClient) -> None:
+        self._client = client
+        self._books: list[str] = []
+        self._state = ""
+
+    def prepare(self) -> None:
+        account = self._client.account(CONTACTS)
+        if not account or account.get("isReadOnly"):
+            raise ConfigurationError(NO_CONTACTS)
+        answer = self._client.call("AddressBook/get", {"ids": None})
+        with understood("AddressBook/get"):
+            books = sorted(answer["list"], key=lambda book: not book.get("isDefault"))
+            rights = {as_text(book["id"]): book.get("myRights") or {} for book in books}
+        self._books = [book for book, may in rights.items() if may.get("mayWrite", True)]
+        if not self._books:
+            raise ConfigurationError("the account has no address book that may be written")
+
+    def questions(self, addresses: Collection[str] | None) -> Questions:
+        filters: list[JSON | None] = [None]
+        if addresses is not None:
+            wanted = [{"email": form} for each in addresses for form in spellings(each)]
+            wanted += [{"uid": own_uid(f"mailto:{each}")} for each in addresses]
+            filters = [{"kind": "group"}, *map(any_of, batched(wanted, MAX_FILTER_TERMS))]
+        parse = partial(jmap_card, books=self._books)
+        one = Query("ContactCard", None, None, parse, page=CARDS_IN_PAGE)
+        # The state comes first, so that a later change by someone else is noticed.
+        return [("ContactCard/get", {"ids": []})], [replace(one, filter=each) for each in filters]
+
+    def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
+        self._state = str(answers[0].get("state"))
+        return list({card.ref: card for cards in found for card in cards}.values())
+
+    def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
+        # New contacts come first, so that no group has a member that nobody is.
+        ordered = sorted(changes.values(), key=lambda change: not change.kind)
+        refused = Reasons()
+        for batch in batched(ordered, min(self._client.limits["maxObjectsInSet"], MAX_PAGE)):
+            refused |= self._set(batch)
+        joined = [(each, each.add & refused.keys()) for each in ordered if each.key not in refused]
+        back = [replace(each, add=frozenset(), remove=uids) for each, uids in joined if uids]
+        return refused | (self._set(back) if back else {})
+
+    def _set(self, changes: Collection[CardChange]) -> Reasons:
+        """Make one ContactCard/set. When anyone else has written since the cards were read, nothing
+        is done (RFC 8620 section 5.3)."""
+        edits = [each for each in changes if each.card and not each.deletes]
+        asked = {
+            "ifInState": self._state,
+            "create": {c.key: jmap_new_card(c, self._books[0]) for c in changes if not c.card},
+            "update": {each.key: jmap_members_patch(each) for each in edits},
+            "destroy": [each.key for each in changes if each.deletes],
+        }
+        done = self._client.call("ContactCard/set", asked)
+        self._state = str(done.get("newState"))
+        return set_errors(done)
+
+
+def jmap_card(raw: JSON, books: Sequence[str]) -> Card | None:
+    """Return a Card from a ContactCard (RFC 9553); what cannot be understood of it is its problem.
+    None of one that is in none of the address books, the first of which is Mailroom's."""
+    ids = raw.get("addressBookIds") or {books[0]: True}
+    inside = {book for book, there in ids.items() if there}
+    if inside.isdisjoint(books):
+        return None
+    # The addresses are found in whatever is there: they tell whom a problem concerns.
+    texts = [str(text) for key, text in jmap_facts(raw.get("emails")) if key == "address"]
+    card = Card(as_text(raw["id"]), emails=contact_addresses(texts))
+    card = replace(card, is_group=raw.get("kind") == "group", is_ours=books[0] in inside)
+    try:
+        name = raw.get("name") or {}
+        parts = [(part["kind"], part["value"]) for part in name.get("components") or []]
+        spoken = " ".join(text for kind, text in parts if kind in ("given", "given2", "surname"))
+        card = replace(card, name=plain_name(name.get("full") or spoken))
+        members = {m: uid_key(m) for m, there in (raw.get("members") or {}).items() if there}
+        uid, created = as_text(raw["uid"]), as_text(raw.get("created") or "")
+        card = replace(card, uid=uid, created=created, members=members)
+        addresses = [each["address"] for each in (raw.get("emails") or {}).values()]
+        notes = [each["note"] for each in (raw.get("notes") or {}).values()]
+        facts = jmap_facts({key: raw[key] for key in raw.keys() - NOT_TOUCHES})
+        made = [jmap_facts(jmap_new_card(new, books[0])) for new in made_as(card, addresses, notes)]
+        return replace(card, is_untouched=any(facts <= each for each in made))
+    except MALFORMED as error:
+        return replace(card, problem=f"cannot be understood: {error!r}")
+
+
+def jmap_facts(value: Any, key: str = "") -> set[tuple[str, Any]]:
+    """Return {(nearest key, scalar)} of a JSON value, without the types of objects (`@type`), which
+    a server may leave out."""
+    if not isinstance(value, dict | list):
+        return {(key, value)}
+    pairs = value.items() if isinstance(value, dict) else [(key, each) for each in value]
+    return set().union(*(jmap_facts(each, name) for name, each in pairs if name != "@type"))
+
+
+def contact_addresses(texts: Iterable[str]) -> frozenset[str]:
+    """Return the keys of the addresses in a contact, which may be written as URIs."""
+    bare = (re.sub("(?i)^mailto:", "", text.strip(BLANKS)) for text in texts)
+    return frozenset(map(address_key, bare)) - {""}
+
+
+def made_as(card: Card, addresses: Sequence[str], notes: Sequence[str]) -> list[CardChange]:
+    """Return how Mailroom would make a card with this name, address and note, of each kind; nothing
+    if its uid or note says that it did not. Raises ValueError for an address without a value."""
+    if not all(addresses):
+        raise ValueError("an address without a value")
+    new = CardChange(name=card.name, address="".join(addresses), note="".join(notes))
+    mark = MARK.fullmatch(new.note)
+    kinds = ["company", "person"] if mark and mark[1] == card.name else []
+    what = f"mailto:{min(card.emails, default='')}"
+    if card.is_group:
+        kinds, what = ["group"], f"group:{card.name}"
+    return [replace(new, kind=kind) for kind in kinds if uid_key(card.uid) in own_uids(what)]
+
+
+def jmap_new_card(change: CardChange, address_book: str) -> JSON:
+    """Return the ContactCard of a new contact, a person's with the name in parts, or of a group."""
+    name: JSON = {"full": change.name}
+    card: JSON = {"@type": "Card", "version": "1.0", "uid": change.uid, "name": name}
+    card |= {"kind": CARD_KINDS[change.kind], "addressBookIds": {address_book: True}}
+    if change.kind == "company":
+        card["organizations"] = {"o1": {"name": change.name}}
+    if change.kind == "person":
+        parts = zip(("given", "surname"), split_name(change.name), strict=True)
+        name["components"] = [{"kind": kind, "value": value} for kind, value in parts if value]
+        name["isOrdered"] = True
+    if change.address:
+        card["emails"] = {"e1": {"address": change.address}}
+        card["notes"] = {"n1": {"note": change.note}}
+    return card
+
+
+def jmap_members_patch(change: CardChange) -> JSON:
+    """Return the patch (RFC 8620 section 5.3) of a group's members. All that a path leads through
+    has to be there already, so the first member is set with what holds it."""
+    if change.add and change.card and not change.card.members:
+        return {"members": dict.fromkeys(sorted(change.add), True)}
+    stays = dict.fromkeys(sorted(change.remove)) | dict.fromkeys(sorted(change.add), True)
+    return {f"members/{u.replace('~', '~0').replace('/', '~1')}": stays[u] for u in stays}
+
+
+# vCards (RFC 6350, RFC 2426) ######################################################################
+
+# Name (without a group), parameters and value; what is no property is all value.
+PROPERTY = re.compile(r'(?s)(?:(?:[\w-]+\.)?([\w-]+)((?:;(?:[^:;"]|"[^"]*")*)*):)?(.*)')
+# A content line with its folds and line end (RFC 6350 section 3.2); an encoded one (vCard 2.1) goes
+# on where it ends with `=`.
+CONTENT_LINE = re.compile(r"(?:.*QUOTED-PRINTABLE(?:.*=\r?\n)*)?.*(?:\n[ \t].*)*\n?")
+APPLE_KIND, APPLE_MEMBER = "X-ADDRESSBOOKSERVER-KIND", "X-ADDRESSBOOKSERVER-MEMBER"
+MEMBERS = ("MEMBER", APPLE_MEMBER)
+# What a vCard may have in other ways than by a touch: from the server, or from triage.
+NOT_FACTS = {"", "VERSION", "PRODID", "CREATED", "REV", "UID", *MEMBERS}
+
+
+class Property(NamedTuple):
+    """A content line: as it stands, its name and parameters in upper case, and its value as text
+    (RFC 6350 section 3.4)."""
+
+    line: str
+    name: str
+    parameters: str
+    text: str
+
+
+def vcard_properties(vcard: str) -> list[Property]:
+    found = []
+    for line in CONTENT_LINE.findall(vcard):
+        name, parameters, text = PROPERTY.findall(re.sub(r"\r?\n[ \t]", "", line))[0]
+        if "QUOTED-PRINTABLE" in parameters.upper():
+            text = quopri.decodestring(text.encode()).decode(errors="replace")
+        text = re.sub(r"(?s)\\(.)", lambda m: "\n" if m[1] in "nN" else m[1], text).strip(BLANKS)
+        found.append(Property(line, name.upper(), parameters.upper(), text))
+    return found
+
+
+def vcard_card(url: str, text: str, created: str) -> Card:
+    """Return a Card from a resource; what cannot be understood of it is its problem."""
+    values: dict[str, list[str]] = defaultdict(list)
+    for each in vcard_properties(text):
+        values[each.name].append(each.text)
+    uid, name = ("".join(values[key][:1]) for key in ("UID", "FN"))
+    is_group = "group" in map(str.lower, values["KIND"] + values[APPLE_KIND])
+    members = {member: uid_key(member) for key in MEMBERS for member in values[key]}
+    emails = contact_addresses(values["EMAIL"])
+    card = Card(url, uid, plain_name(name), emails, is_group, members, created)
+    try:
+        if missing := [key for key in ("UID", "FN", "END") if not values[key]]:
+            raise ValueError(f"it has no {missing[0]}")
+        if len(values["BEGIN"]) > 1:
+            raise ValueError("there are several contacts in one resource")
+        made = map(new_vcard, made_as(card, values["EMAIL"], values["NOTE"]))
+        is_untouched = any(vcard_facts(text) <= vcard_facts(each) for each in made)
+        return replace(card, is_untouched=is_untouched)
+    except ValueError as error:
+        return replace(card, problem=f"cannot be understood: {error}")
+
+
+def vcard_facts(vcard: str) -> set[tuple[str, ...]]:
+    """Return {(property, parameters, value)} of what a person may have put into it."""
+    return {each[1:] for each in vcard_properties(vcard) if each.name not in NOT_FACTS}
+
+
+def new_vcard(change: CardChange) -> str:
+    """Return the vCard 3.0 of a new contact or group, as Apple and Fastmail have them."""
+    name = vcard_escape(change.name)
+    given, surname = map(vcard_escape, split_name(change.name))
+    kinds = {
+        "person": [f"N:{surname};{given};;;"],
+        "company": ["N:;;;;", f"ORG:{name}", "X-ABSHOWAS:COMPANY"],
+        "group": [f"N:{name};;;;", f"{APPLE_KIND}:group"],
+    }
+    lines = ["BEGIN:VCARD", "VERSION:3.0", f"PRODID:-//Mailroom//{VERSION}//EN"]
+    lines += [f"UID:{change.uid}", f"FN:{name}", *kinds[change.kind]]
+    if change.address:
+        lines.append(f"EMAIL;TYPE=INTERNET:{vcard_escape(change.address)}")
+        lines.append(f"NOTE:{vcard_escape(change.note)}")
+    return "".join(map(vcard_fold, [*lines, "END:VCARD"]))
+
+
+def vcard_escape(text: str) -> str:
+    """Return a text as a value (RFC 6350 section 3.4)."""
+    return re.sub(r"([\\,;])", r"\\\1", text).replace("\n", "\\n")
+
+
+def vcard_fold(line: str) -> str:
+    """Return a content line in parts of at most 75 octets, of which a character has up to four."""
+    width = 74 if line.isascii() else 18
+    return "\r\n ".join(re.findall(f".{{1,{width}}}", line)) + "\r\n"
+
+
+def edit_members(text: str, change: CardChange) -> str:
+    """Return a vCard with the lines of members added and taken away, and nothing else touched.
+    Apple's have the uid as a URN, those of vCard 4.0 as it is."""
+    lines, removed = vcard_properties(text), set(map(uid_key, change.remove))
+    added = [f"MEMBER:{uid}" for uid in sorted(change.add)]
+    if any(each.name == APPLE_KIND for each in lines):
+        bare = [re.sub("(?i)^urn:uuid:", "", uid) for uid in sorted(change.add)]
+        added = [f"{APPLE_MEMBER}:urn:uuid:{uid}" for uid in bare]
+    edited = ""
+    for each in lines:
+        if each.name not in MEMBERS or uid_key(each.text) not in removed:
+            edited += "".join(map(vcard_fold, added)) if each.name == "END" else ""
+            edited += each.line
+    return edited
+
+
+# Contacts over CardDAV (RFC 6352): a mirror, and writes ###########################################
+
+# Whole cards, maybe with photos, in one reply.
+CARDS_AT_ONCE = 25
+WRITES_AT_ONCE = 4
+CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
+CARDDAV_REMEDY = (
+    "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password) "
+    "and MAILROOM_CARDDAV_URL"
+)
+BOOKS = (
+    "D:propfind",
+    "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/><D:owner/>"
+    "<C:addressbook-home-set/><D:sync-token/></D:prop>",
+)
+# Whoever may add members (RFC 3744 section 5.4); not every server says.
+WRITE_RIGHTS = {"{DAV:}all", "{DAV:}write", "{DAV:}bind"}
+ETAG = "<D:prop><D:getetag/></D:prop>"
+CARD_PROPERTIES = "<D:prop><D:creationdate/><D:getetag/><C:address-data/></D:prop>"
+NOTHING = ElementTree.Element("nothing")
+Responses = dict[str, ElementTree.Element]
+
+
+class Entry(NamedTuple):
+    """What the mirror has of a card: its ETag, what the rules need, and of a group the vCard."""
+
+    etag: str
+    card: Card
+    text: str
+
+
+def dav_text(element: ElementTree.Element, *path: str) -> str:
+    """Return the text of the first element with these names on the way to it; empty without it."""
+    return element.findtext(".//" + "/".join(f"{{*}}{name}" for name in path), "").strip()
+
+
+def dav_link(found: Responses, name: str) -> str:
+    """Return the URL that a property of what was found names; empty without one."""
+    links = ((url, dav_text(each, name, "href")) for url, each in found.items())
+    with understood(name):
+        return next((urljoin(url, href) for url, href in links if href), "")
+
+
+class CardDAVContacts:
+    """Contacts in the address books of a CardDAV account. What the rules need of each card is kept
+    in memory, and brought up to date by what has changed. `_tokens`: {address book: the sync token
+    of when it was read}, empty before, None for one that has none."""
+
+    def __init__(self, url: str, auth: Auth) -> None:
+        self._http = HTTPClient(auth, "MAILROOM_CARDDAV_URL", CARDDAV_REMEDY, MAX_DAV_BYTES)
+        self._url, self._home = at_well_known(url, "carddav"), ""
+        self._tokens: dict[str, str | None] = {}
+        self._entries: dict[str, Entry] = {}
+
+    def prepare(self) -> None:
+        """The way is from the URL to the principal, to its home, to what is in it (RFC 6764 section
+        6). Books that may not be written or are somebody else's do not count."""
+        start, _ = self._ask(self._url, "0", *BOOKS)
+        principal = dav_link(start, "current-user-principal")
+        found = self._ask(principal, "0", *BOOKS)[0] if principal else start
+        home = dav_link(found, "addressbook-home-set")
+        listed = self._ask(home, "1", *BOOKS)[0] if home else {}
+        named: list[str] = []
+        books: dict[str, str | None] = {}
+        for url, each in (listed | start).items():
+            if each.find(".//{*}resourcetype/{*}addressbook") is None:
+                continue
+            book = url.rstrip("/") + "/"
+            named += [book] if url in start else []
+            is_own = book in named or dav_link({url: each}, "owner") in ("", principal)
+            rights = {right.tag for right in each.iterfind(".//{*}privilege/*")}
+            if is_own and (not rights or rights & WRITE_RIGHTS):
+                books[book] = "" if dav_text(each, "sync-token") else None
+        chosen = self._choose(named, list(books))
+        if (chosen, books.keys()) != (self._home, self._tokens.keys()):
+            self._home, self._tokens, self._entries = chosen, books, {}
+
+    def _choose(self, named: Sequence[str], books: Sequence[str]) -> str:
+        """Return which address book is Mailroom's. Raises ConfigurationError when in doubt."""
+        usual = [url for url in books if re.search("(default|contacts)/$", url.lower())]
+        for choice in (named, books, usual):
+            if len(choice) == 1 and choice[0] in books:
+                return choice[0]
+        if named or not books:
+            raise ConfigurationError(f"{self._url}: no address book to write. {CARDDAV_REMEDY}")
+        several = "there are several address books; for this one MAILROOM_CARDDAV_URL="
+        raise ConfigurationError(*(several + url for url in books))
+
+    def _ask(self, url: str, depth: str, root: str, *elements: str) -> tuple[Responses, str]:
+        """Return ({URL: response}, sync token) of a multistatus (RFC 4918 section 13, RFC 6578
+        section 3.2). A property that was not found is empty there."""
+        spaces = 'xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav"'
+        body = f"<{root} {spaces}>{''.join(elements)}</{root}>".encode()
+        headers = {"Content-Type": "application/xml; charset=utf-8", "Depth": depth}
+        method = "PROPFIND" if root == "D:propfind" else "REPORT"
+        reply = self._http.request(method, url, headers, body, accept=(207,))
+        with understood(reply.url):
+            # The expat that Python brings refuses entities that grow without bound.
+            answer = ElementTree.fromstring(reply.body)  # noqa: S314
+            responses = answer.findall("{*}response")
+            found = {urljoin(reply.url, dav_text(each, "href")): each for each in responses}
+            return found, dav_text(answer, "sync-token")
+
+    def questions(self, addresses: Collection[str] | None) -> Questions:
+        """The JMAP server does not know."""
+        return [], []
+
+    def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
+        for book, token in self._tokens.items():
+            try:
+                self._refresh(book, token)
+            except MailroomError as error:
+                if not (error.answered and token):
+                    raise
+                self._refresh(book, "")  # A 403 may say that the token is too old (RFC 6578).
+        return [entry.card for entry in self._entries.values()]
+
+    def _refresh(self, book: str, token: str | None) -> None:
+        """Bring the mirror up to date, by what has changed since the token (RFC 6578 section 3.2),
+        or else by a list of everything. The token is kept only once the cards have been read."""
+        # What is gone has no ETag, and is no longer found when it is to be read.
+        etags = {} if token else {url: "" for url in self._entries if url.startswith(book)}
+        is_cut = True
+        while is_cut:
+            if token is None:
+                found, _ = self._ask(book, "1", "D:propfind", ETAG)
+            else:
+                since = f"<D:sync-token>{escape(token)}</D:sync-token>"
+                query = ("D:sync-collection", since, "<D:sync-level>1</D:sync-level>", ETAG)
+                found, token = self._ask(book, "0", *query)
+            etags |= {url: dav_text(each, "getetag") for url, each in found.items()}
+            is_cut = any(" 507" in dav_text(each, "status") for each in found.values())
+        known = {url: entry.etag for url, entry in self._entries.items()}
+        changed = [url for url, etag in etags.items() if etag != known.get(url, "")]
+        for urls in batched((url for url in changed if not url.endswith("/")), CARDS_AT_ONCE):
+            hrefs = [f"<D:href>{escape(urlsplit(url).path)}</D:href>" for url in urls]
+            found, _ = self._ask(book, "0", "C:addressbook-multiget", CARD_PROPERTIES, *hrefs)
+            for url in urls:
+                self._entries.pop(url, None)
+                if text := dav_text(found.get(url, NOTHING), "address-data"):
+                    # All lines end alike in XML (section 2.11), and with CRLF in a vCard.
+                    text = re.sub("\r?\n|$", "\r\n", text)
+                    facts = [dav_text(found[url], name) for name in ("getetag", "creationdate")]
+                    self._keep(url, text, *facts)
+        self._tokens[book] = token
+
+    def _keep(self, url: str, text: str, etag: str, created: str) -> None:
+        card = vcard_card(url, text, created)
+        if not url.startswith(self._home):
+            card = replace(card, is_ours=False, is_untouched=False)
+        self._entries[url] = Entry(etag, card, text if card.is_group and card.is_ours else "")
+
+    def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
+        """First come the new cards, then the members of groups, and last what is to go."""
+        refused = Reasons()
+        for rank in range(3):
+            step = [each for each in changes.values() if bool(each.card) + each.deletes == rank]
+            pool = gevent.pool.Pool(WRITES_AT_ONCE)
+            try:
+                errors = pool.map(lambda each: outcome(lambda: self._write(each, refused)), step)
+            finally:
+                pool.kill()
+            for error in filter(None, errors):
+                raise error
+        return refused
+
+    def _write(self, change: CardChange, refused: Reasons) -> None:
+        """Carry out a change, or note why it was refused. Raises ServerError."""
+        entry = self._entries.get(change.key)
+        url = change.key if change.card else urljoin(self._home, f"{change.uid}.vcf")
+        late = ServerError(f"{url} has changed meanwhile", answered=True)
+        if change.card and not entry:
+            raise late
+        text = entry.text if entry else new_vcard(change)
+        if APPLE_KIND.lower() in text:
+            # So Cyrus shows one of version 4.0, with members that are none, unless asked for it.
+            accept = {"Accept": "text/vcard; version=4.0"}
+            text = self._http.request("GET", url, accept).body.decode()
+        text = edit_members(text, replace(change, add=change.add - refused.keys()))
+        condition = {"If-Match": entry.etag} if entry else {"If-None-Match": "*"}
+        headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
+        method, body = ("DELETE", b"") if change.deletes else ("PUT", text.encode())
+        reply = self._http.request(method, url, headers, body, accept=CARD_ANSWERS)
+        # Radicale deletes with a 200 that has a multistatus; any other may be some proxy's page.
+        is_page = reply.status == 200 and "xml" not in reply.headers.get("Content-Type", "")
+        if reply.status == 412 or is_page:
+            raise late
+        if reply.status not in (200, 201, 204) and (method, reply.status) != ("DELETE", 404):
+            refused[change.key] = f"HTTP {reply.status} {error_words(reply)}".strip()
+            return
+        self._entries.pop(url, None)
+        # A server that makes something else of a card tells no strong ETag (RFC 6352 section
+        # 6.3.2.3): then it is read again.
+        etag = reply.headers.get("ETag", "")
+        if method == "PUT" and etag.startswith('"'):
+            self._keep(url, text, etag, change.card.created if change.card else "")
+
+
+# Push: the event stream (RFC 8620 section 7.3) ####################################################
+
+PING_SECONDS = 30.0
+QUIET_LIMIT = 3 * PING_SECONDS
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0
+# A stream that has stood for so long has proved healthy, whatever came on it.
+PROVEN_SECONDS = 60.0
+ANSWER_TIMEOUT = 30.0
+MAX_EVENT_BYTES = 2**16
+BLOCK_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+
+
+class StreamEnd(ServerError):  # noqa: N818  (streams end: that is no error in itself)
+    """Why a stream ended, and how loudly to say so."""
+
+    def __init__(self, reason: str, level: int = logging.WARNING, wait: float = 0) -> None:
+        super().__init__(reason, retry_after=wait)
+        self.level = level
+
+
+@dataclass
+class StreamStatus:
+    """What the health page says of the stream; times are ISO 8601. Only the stream writes it."""
+
+    status: str = "disconnected"
+    connected_since: str | None = None
+    last_event_at: str | None = None
+    reconnect_count: int = 0
+    last_error: str | None = None
+
+
+def expand_event_source_url(url: str) -> str:
+    """Return the URL to listen at: the template (RFC 8620 section 7.3) filled in, or where there is
+    none the parameters appended."""
+    values = {"types": "Email,Mailbox", "closeafter": "no", "ping": f"{PING_SECONDS:.0f}"}
+    if "{" not in url:
+        url += ("&" if "?" in url else "?") + "types={types}&closeafter={closeafter}&ping={ping}"
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), url)
+
+
+def backoff(attempt: int, first: float = 0.0) -> float:
+    """Return the seconds to wait after failed attempt 0, 1, 2 ...: from `first`, which is never
+    less than FIRST_DELAY, doubling to MAX_DELAY."""
+    return min(max(first, FIRST_DELAY) * 2.0 ** min(attempt, 16), MAX_DELAY)
+
+
+def event_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the stream's events one by one, as sseclient can digest them: whole, of bounded size,
+    in good UTF-8, and each with data so that none is dropped. One that is cut off is not dispatched
+    (HTML Living Standard, section 9.2.6). Raises StreamEnd for one that is too long."""
+    rest = b""
+    for chunk in chunks:
+        *blocks, rest = BLOCK_END.split(rest + chunk)
+        for block in blocks:
+            yield block.decode("utf-8-sig", "replace").encode() + b"\ndata:\n\n"
+        if len(rest) > MAX_EVENT_BYTES:
+            raise StreamEnd(f"an event has more than {MAX_EVENT_BYTES} bytes")
+
+
+def check_stream(response: requests.Response) -> None:
+    """Raises StreamEnd unless the response is an event stream."""
+    status, media_type = response.status_code, response.headers.get("Content-Type", "")
+    wait = retry_after(response.headers)
+    if status == 204:
+        raise StreamEnd("the server has no push (HTTP 204): polling", logging.INFO, MAX_DELAY)
+    if status in REFUSED:
+        reason = f"the credentials are refused (HTTP {status})"
+        raise StreamEnd(reason, logging.ERROR, max(wait, MAX_DELAY))
+    if status != 200:
+        raise StreamEnd(f"HTTP {status}", wait=wait)
+    if media_type.partition(";")[0].strip().lower() != "text/event-stream":
+        raise StreamEnd(f'the reply is "{media_type}", not an event stream')
+
+
+@dataclass
+class EventStream:
+    """One connection after another to an event source, and what outlasts each of them. `url` tells
+    where it is by now, `on_open` is called for each connection that is made, `on_state` for each
+    `state` event."""
+
+    http: HTTPClient
+    url: Callable[[], str]
+    status: StreamStatus
+    log: Any
+    on_open: Callable[[], object]
+    on_state: Callable[[], object]
+    _retry: float = 0.0
+    _attempt: int = 0
+    _opened: float = 0.0
+    _logged: frozenset[str] = frozenset()
+
+    def follow(self, shutdown_event: Any) -> None:
+        """Connect again and again."""
+        status = self.status
+        while not shutdown_event.is_set():
+            try:
+                end = self._run()
+            except MailroomError as error:
+                end = error if isinstance(error, StreamEnd) else StreamEnd(str(error))
+            level, stood = end.level, time.monotonic() - self._opened
+            if status.status == "connected" and stood >= PROVEN_SECONDS:
+                # It has earned the first delay again, and its end is routine.
+                self._attempt, self._logged, level = 0, frozenset({"connected"}), logging.DEBUG
+            self._say(level, str(end))
+            status.status, status.connected_since = "disconnected", None
+            status.last_error = str(end) if level > logging.DEBUG else status.last_error
+            if end.level > logging.DEBUG:
+                delay = backoff(self._attempt, self._retry)
+                self._attempt += 1
+                shutdown_event.wait(max(end.retry_after, delay))
+
+    def _run(self) -> StreamEnd:
+        """Make one connection, and follow it to its end. Raises ServerError, ConfigurationError."""
+        status = self.status
+        status.status = "connecting"
+        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        with gevent.Timeout(ANSWER_TIMEOUT, StreamEnd(f"timed out after {ANSWER_TIMEOUT:g} s")):
+            url = expand_event_source_url(self.url())
+            response = self.http.open("GET", url, None, headers=headers)
+        # Some servers send no pings, so it is routine that a link may be dead.
+        dead = StreamEnd(f"nothing came for {QUIET_LIMIT:g} s, connecting again", logging.DEBUG)
+        with response:
+            check_stream(response)
+            status.reconnect_count += bool(self._opened)
+            status.status, status.connected_since = "connected", now_iso()
+            self._opened = time.monotonic()
+            self._say(logging.INFO, "connected")
+            self.on_open()
+            for event in SSEClient(event_blocks(chunks_of(response, QUIET_LIMIT, dead))).events():
+                if event.event in ("state", "ping"):
+                    status.last_event_at = now_iso()
+                if re.fullmatch("[0-9]+", retry := event.retry or ""):
+                    self._retry = float(retry) / 1000
+                if event.event == "state":
+                    self.on_state()
+        return StreamEnd("the server closed it")
+
+    def _say(self, level: int, text: str) -> None:
+        """Log what happens to the stream, each thing once until it has proved healthy; and that it
+        is connected once more after each failure that is news."""
+        is_news = level > logging.DEBUG and text not in self._logged
+        self.log.log(level if is_news else logging.DEBUG, f"event stream: {text}")
+        if is_news:
+            self._logged = self._logged - {"connected"} | {text}
+
+
 def sse_listener(
     token: str,
     event_source_url: str,
@@ -2749,1799 +1967,878 @@ def sse_listener(
     log: Any = None,
     *,
     username: str = "",
-    moved_to: Callable[[], str | None] = lambda: None,
+    current_url: Callable[[], str | None] = lambda: None,
     status: StreamStatus | None = None,
     on_open: Callable[[], object] = lambda: None,
-    on_state: Callable[[str], object] = lambda data: None,
 ) -> None:
     """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
-    `event_queue` for each `state` event. `moved_to` tells where the event source is by now, if it
-    is known; `on_open` is called for each connection made, `on_state` with each state event's data
-    before it goes on the queue.
-    """
-
-    def signal_state(data: str) -> None:
-        on_state(data)
-        event_queue.put("state_changed")
-
-    http = HTTPClient(credentials(token, username))
-    given = (status or StreamStatus(), log or LOG, on_open, signal_state)
-    stream = EventStream(http, lambda: moved_to() or event_source_url, *given)
+    `event_queue` for each `state` event. `current_url` tells where the event source is by now, if
+    it is known; `on_open` is called for each connection made."""
+    stream = EventStream(
+        HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY),
+        lambda: current_url() or event_source_url,
+        status or StreamStatus(),
+        log or LOG,
+        on_open,
+        lambda: event_queue.put("state_changed"),
+    )
     # A blocked read is ended by killing its greenlet: closing the response would deadlock.
-    stop = gevent.spawn(shutdown_event.wait)
     reader = gevent.spawn(outcome, lambda: stream.follow(shutdown_event))
-    either: list[gevent.Greenlet[..., Any]] = [stop, reader]
+    either: list[Any] = [reader, gevent.spawn(shutdown_event.wait)]
     try:
         gevent.wait(either, count=1)
     finally:
         gevent.killall(either)
-    if isinstance(reader.value, BaseException) and not isinstance(
-        reader.value, gevent.GreenletExit
-    ):
+    if isinstance(reader.value, Exception):
         raise reader.value
 
 
-class SeenStates:
-    """Which states of the account (RFC 8620 section 1.6.2) are no news: those that a reply told
-    before the labels were last looked at, by the cycle's read or along with a write of its own.
+# The account: reading it ##########################################################################
 
-    A write's `oldState` would not do: a server may write one mail after the other, and a tap in
-    between is in the `newState`.
-    """
-
-    def __init__(self) -> None:
-        self._known: set[tuple[str, str]] = set()
-        self._events: set[str | None] = set()
-
-    def begin(self) -> None:
-        """A cycle is about to read: what was reported before is covered by it."""
-        self._events.clear()
-        self._known.clear()
-
-    def saw(self, type_: str, state: Any) -> None:
-        if isinstance(state, str):
-            self._known.add((type_, state))
-
-    def forget(self) -> None:
-        """The labels are not as the cycle leaves them: every event is news."""
-        self._known.clear()
-
-    def connected(self) -> None:
-        """Anything may have happened while no one listened, unless the server now says what the
-        state is."""
-        self._events.add(None)
-
-    def reported(self, data: str) -> None:
-        """An event has come. Of too many the rest is simply news, as rubbish is."""
-        if '"Email"' in data:
-            self._events.discard(None)
-        self._events.add(data if len(self._events) < MAX_EVENTS_KEPT else "")
-
-    def has_news(self, account_id: str) -> bool:
-        """Whether anything was reported since the last cycle began that it does not account for."""
-        events, self._events = self._events, set()
-        return any(event is None or self._is_news(event, account_id) for event in events)
-
-    def _is_news(self, data: str, account_id: str) -> bool:
-        try:
-            states = json.loads(data)["changed"][account_id]
-            told = {
-                (type_, str(states[type_])) for type_ in ("Email", "Mailbox") if type_ in states
-            }
-            return not told or not told <= self._known
-        except MALFORMED:
-            return True
+# So long somebody at a terminal waits for the first answer before being told of whom.
+SLOW_SECONDS = 2.0
+MAILBOXES = Query("Mailbox", None, ("id", "name", "parentId", "role", "totalEmails"), dict)
+Addresses = Collection[str] | None
 
 
-# ------------------------------------------------------------------------------------------------
-# The account: who serves it, what it has to have, and what is there
-# ------------------------------------------------------------------------------------------------
-
-ContactStore = JMAPContacts | CardDAVContacts
-
-
-def new_clients(
-    settings: MailroomSettings, stopping: Callable[[], bool] = lambda: False
-) -> tuple[JMAPClient, ContactStore]:
-    """The clients of the account that the settings are for: contacts over CardDAV where they name
-    a user for it, else over JMAP."""
-    client = JMAPClient(
-        settings.jmap_token, settings.jmap_url, username=settings.jmap_username, stopping=stopping
-    )
+def new_clients(settings: MailroomSettings) -> tuple[JMAPClient, ContactStore]:
+    """Return the clients: contacts over CardDAV where a user for it is set, else over JMAP."""
+    client = JMAPClient(settings.jmap_token, settings.jmap_url, username=settings.jmap_username)
     if not settings.carddav_username:
         return client, JMAPContacts(client)
     auth = credentials(settings.carddav_password, settings.carddav_username)
-    return client, CardDAVContacts(settings.carddav_url, auth, stopping)
+    return client, CardDAVContacts(settings.carddav_url, auth)
 
 
-def parse_mailbox(raw: JSON) -> tuple[int, str, str]:
-    """(rank, name, id): the Inbox goes by its role, then come the mailboxes at the top, then the
-    nested ones."""
-    if raw.get("role") == "inbox":
-        return 0, "Inbox", as_text(raw["id"])
-    return 2 if raw.get("parentId") else 1, as_text(raw["name"]), as_text(raw["id"])
-
-
-def ids_by_name(mailboxes: Iterable[tuple[int, str, str]]) -> dict[str, str]:
-    """{name: id}; of several with one name the first in rank."""
-    return {name: id_ for _, name, id_ in sorted(mailboxes, reverse=True)}
-
-
-MAILBOXES = Query("Mailbox", None, ("id", "name", "parentId", "role"), parse_mailbox)
-
-
-class Need(NamedTuple):
-    """Something that the account has to have. `kind`: "mailbox", "label" (which is a mailbox too)
-    or "contact group"."""
-
-    kind: str
-    name: str
-    purpose: str
-    optional: bool = False
-
-
-def needed_mailboxes(settings: MailroomSettings) -> list[Need]:
-    """The mailboxes that the settings name, beside the Inbox."""
-    categories = settings.triage_categories
-    destinations = purposes(categories, "destination_mailbox")
-    warning = Need("label", settings.label_mailroom_warning, "another name than expected")
-    return [
-        Need("mailbox", settings.screener_mailbox, "mail of strangers waits here"),
-        *(Need("mailbox", name, f"mail of {whose}") for name, whose in destinations.items()),
-        *(Need("label", each.label, f"triages a sender to {each.name}") for each in categories),
-        Need("label", settings.label_undo, "takes a triage back", optional=True),
-        Need("label", settings.label_mailroom_error, "what cannot be done"),
-        *([warning] if settings.warnings_enabled else []),
-    ]
-
-
-def needed_groups(settings: MailroomSettings) -> list[Need]:
-    """The contact groups that the settings name."""
-    groups = purposes(settings.triage_categories, "contact_group")
-    return [
-        *(Need("contact group", name, f"senders of {whose}") for name, whose in groups.items()),
-        Need("contact group", settings.provenance_group, "contacts that Mailroom has made"),
-    ]
-
-
-def purposes(categories: Iterable[Category], attribute: str) -> dict[str, str]:
-    """{what an attribute names: the names of the categories that share it}."""
-    named: dict[str, list[str]] = defaultdict(list)
-    for category in categories:
-        named[getattr(category, attribute)].append(category.name)
-    return {name: ", ".join(names) for name, names in named.items()}
-
-
-def lacking(needs: Iterable[Need], there: Collection[str]) -> list[Need]:
-    """The needs of which nothing has the name."""
-    return [need for need in needs if need.name not in there]
-
-
-def check_complete(missing: Iterable[Need]) -> None:
-    """Raises ConfigurationError with a line for each thing that Mailroom cannot do without."""
-    if needs := [need for need in missing if not need.optional]:
-        named = sorted(f"{need.kind} {need.name!r}" for need in needs)
-        raise ConfigurationError(
-            *(f"the account has no {each}: `setup --apply` makes it" for each in named)
-        )
-
-
-def check_inbox(ids: Mapping[str, str]) -> None:
-    """Raises ConfigurationError for an account without an Inbox."""
-    if "Inbox" not in ids:
-        raise ConfigurationError("the account has no mailbox with the role of the Inbox")
-
-
-def rules_of(settings: MailroomSettings) -> Rules:
-    """The rules by which the settings have it done today."""
-    return Rules(settings.triage_categories, settings.provenance_group, date.today())
-
-
-def find_boxes(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
-    """The mailboxes that the settings name. Raises ConfigurationError where some are missing."""
-    check_inbox(ids)
-    check_complete(lacking(needed_mailboxes(settings), ids))
-    boxes = boxes_there(ids, settings)
-    return boxes if settings.warnings_enabled else replace(boxes, warning="")
-
-
-def boxes_there(ids: Mapping[str, str], settings: MailroomSettings) -> Boxes:
-    """Those of the mailboxes that the settings name which the account has."""
-    asked = [*settings.triage_categories, settings.undo]
-    destinations = {each: ids.get(each.destination_mailbox, "") for each in asked}
-    return Boxes(
-        inbox=ids.get("Inbox", ""),
-        screener=ids.get(settings.screener_mailbox, ""),
-        error=ids.get(settings.label_mailroom_error, ""),
-        warning=ids.get(settings.label_mailroom_warning, ""),
-        labels={ids[each.label]: each for each in asked if each.label in ids},
-        destinations={each: box for each, box in destinations.items() if box},
-    )
+def parse_mailboxes(found: Iterable[JSON]) -> list[Mailbox]:
+    """Return the mailboxes of a Mailbox/get, those at the top first. The Inbox goes by its role.
+    Raises ServerError."""
+    mailboxes, names = [], dict[str, str]()
+    with understood("Mailbox/get"):
+        raws = {as_text(raw["id"]): raw for raw in found}
+        for id_, raw in raws.items():
+            names[id_] = plain_name(as_text(raw["name"])) if raw.get("role") != "inbox" else "Inbox"
+        for id_, raw in raws.items():
+            line = [id_]
+            # A circle of parents is cut open.
+            while (above := raws[line[0]].get("parentId")) in raws and above not in line:
+                line.insert(0, above)
+            path, role = "/".join(names[each] for each in line), raw.get("role") or ""
+            mailboxes.append(Mailbox(id_, names[id_], path, role, raw.get("totalEmails") or 0))
+    return sorted(mailboxes, key=lambda each: (each.path != each.name, each.path, each.id))
 
 
 def read_account(
-    client: JMAPClient, contacts: ContactStore, addresses: Collection[str] | None = ()
-) -> tuple[dict[str, str], list[Card]]:
-    """({name: id} of the mailboxes, the contact groups and the contacts of the addresses); None
-    for the addresses means all contacts, and the store may bring more than is asked for."""
-    calls, questions = contacts.questions(addresses)
-    answers, [mailboxes, *found] = client.fetch([MAILBOXES, *questions], calls)
-    return ids_by_name(expect(mailboxes)), contacts.cards(addresses, answers, found)
+    settings: MailroomSettings, client: JMAPClient, contacts: ContactStore, who: Addresses = ()
+) -> tuple[Account, list[Card]]:
+    """Return the account and its groups, with the contacts of some addresses; None means all
+    contacts. Raises ConfigurationError, ServerError."""
+    said = f"connecting to {urlsplit(client.session_url).hostname}"
+    hint = gevent.spawn_later(SLOW_SECONDS, print, said, file=sys.stderr)
+    if not sys.stderr.isatty():
+        hint.kill()
+    try:
+        client.connect()
+    finally:
+        hint.kill()
+    contacts.prepare()
+    calls, queries = contacts.questions(who)
+    answers, [mailboxes, *found] = client.fetch([MAILBOXES, *queries], calls)
+    cards = contacts.cards(answers, found)
+    return Account(settings, parse_mailboxes(mailboxes), cards), cards
 
 
-# ------------------------------------------------------------------------------------------------
-# The triage cycle
-# ------------------------------------------------------------------------------------------------
+# The triage cycle #################################################################################
 
-MAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt")
+AUTHENTICATION = "header:Authentication-Results:asText:all"
+EMAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt", AUTHENTICATION)
 SENDERS_AT_ONCE = 50
+EMAILS_AT_ONCE = 5000
 NEWEST_IN_SCREENER = 100
-EMAIL_STATE: Call = ("Email/get", {"ids": []})
-MAILBOX_STATE: Call = ("Mailbox/get", {"ids": []})
+# Cyrus leaves messages out of a larger filter, without an error; senders times mailboxes count.
+MAX_FILTER_TERMS = 250
+# So often it is looked for messages that came while others were filed.
+MAX_LOOKS = 10
+CYCLE_DEADLINE = 300.0
+# The conditions for a sender: one that an index answers, which may lag, and one that needs none;
+# both find others' messages too. At last all that is there is listed.
+Condition = Callable[[str], JSON] | None
+CONDITIONS: tuple[Condition, ...] = (lambda a: {"from": a}, lambda a: {"header": ["From", a]}, None)
+Plans = list[SenderPlan]
 
 
-def parse_mail(raw: JSON) -> Mail:
-    """A Mail from an Email object (RFC 8621 section 4.1). What cannot be an address is none, and a
-    name has nothing in it that could end a line."""
-    author = (raw.get("from") or [{}])[0]
-    address = (author.get("email") or "").strip().lower()
-    return Mail(
-        id=as_text(raw["id"]),
-        sender=address if "@" in address and address.isprintable() else "",
-        display_name=CONTROLS.sub(" ", author.get("name") or ""),
-        mailboxes=frozenset(box for box, there in raw["mailboxIds"].items() if there),
-        received=as_text(raw.get("receivedAt") or ""),
-    )
+def parse_email(raw: JSON, senders: Collection[str] = ()) -> Email | None:
+    """Return an Email from an Email object (RFC 8621 section 4.1), if it is from one of the
+    senders, or if there are none. The sender is the first From that is an address; a name has
+    nothing in it that could end a line."""
+    authors = [each or {} for each in raw.get("from") or []]
+    found = [each for each in authors if address_key(each.get("email") or "")]
+    author = found[0] if found else {"email": ""}
+    sender = address_key(author["email"])
+    if senders and sender not in senders:
+        return None
+    # The receiving server's own comes first; what is below may be the sender's.
+    results = str(next(iter(raw.get(AUTHENTICATION) or []), ""))
+    is_forged = bool(re.search(r"(?i)\bdmarc\s*=\s*fail\b", results))
+    boxes = frozenset(box for box, there in raw["mailboxIds"].items() if there)
+    name, address = one_line(author.get("name") or "")[:MAX_NAME], author["email"].strip(BLANKS)
+    received = as_text(raw.get("receivedAt") or "")
+    return Email(as_text(raw["id"]), sender, address, name, boxes, received, is_forged)
 
 
-def by_from(address: str) -> JSON:
-    """The search for a sender that an index answers; it finds other mails too, and may lag."""
-    return {"from": address}
+def emails_where(filter_: JSON, most: int = sys.maxsize, senders: Collection[str] = ()) -> Query:
+    """Return the query for messages, the newest first, of these senders only, if any are given."""
+    return Query("Email", filter_, EMAIL_PROPERTIES, lambda raw: parse_email(raw, senders), most)
 
 
-def by_header(address: str) -> JSON:
-    """The search for a sender that needs no index."""
-    return {"header": ["From", address]}
+def searches(account: Account, places: Mapping[str, Collection[str]], by: Condition) -> list[Query]:
+    """Return the queries for messages, given {sender: ids of mailboxes}: for the newest of the
+    Screener, which may not be in the index yet, and for all that a condition finds; without one all
+    that lies there is listed."""
+    newest = emails_where(in_any([account.screener]), NEWEST_IN_SCREENER, places)
+    queries, senders = [newest], defaultdict[frozenset[str], list[str]](list)
+    for sender in sorted(places):
+        senders[frozenset(places[sender])].append(sender)
+    for boxes, who in senders.items():
+        inside = in_any(boxes)
+        forms = [by(form) for each in who for form in spellings(each)] if by else []
+        parts = batched(forms, max(1, MAX_FILTER_TERMS // len(boxes)))
+        both = [{"operator": "AND", "conditions": [inside, any_of(part)]} for part in parts]
+        queries += [emails_where(each, senders=who) for each in both or [inside]]
+    return queries
 
 
-def mails_refused(errors: Mapping[str, JSON]) -> dict[str, str]:
-    """{mail id: why it was refused}, of the SetErrors of an Email/set. For a mail that is no longer
-    there nothing is left to be done."""
-    return {id_: error_text(e) for id_, e in errors.items() if e.get("type") != "notFound"}
+def set_emails(
+    client: JMAPClient, patches: Mapping[str, Patch], looks: Sequence[Query] = ()
+) -> tuple[Reasons, list[Email]]:
+    """Make an Email/set (RFC 8621 section 4.6), in parts if the limits force it. Returns {id: why
+    it was refused}, and what is found once all is written. Raises ServerError."""
+    changes = [(id_, patch) for id_, patch in patches.items() if patch]
+    parts = list(batched(changes, min(client.limits["maxObjectsInSet"], MAX_PAGE)))
+    refused, found = Reasons(), list[list[Email]]()
+    for n, part in enumerate(parts, 1):
+        write: Call = ("Email/set", {"update": dict(part)})
+        [done], found = client.fetch(looks if n == len(parts) else [], [write])
+        refused |= set_errors(done)
+    return refused, [email for part in found for email in part]
 
 
-def names_told(
-    client: JMAPClient, contacts: Iterable[Card], mails: Iterable[Mail]
-) -> dict[str, set[str]]:
-    """{sender: the names that a contact may have got from the sender's mails}. Where those given do
-    not tell a contact's name, mails anywhere in the account are asked for, as far as any are found:
-    a contact whose name cannot be judged is kept."""
-    known = [*mails]
-    for condition in (by_from, by_header):
-        names = names_given(known)
-        asked = sorted(
-            address
-            for contact in contacts
-            if not any(contact.name in names.get(each, ()) for each in contact.emails)
-            for address in contact.emails
-        )
-        for n in range(0, len(asked), SENDERS_AT_ONCE):
-            filter_ = any_of(map(condition, asked[n : n + SENDERS_AT_ONCE]))
-            query = Query("Email", filter_, MAIL_PROPERTIES, parse_mail, newest=MAX_PAGE)
-            _, [found] = client.fetch([query])
-            known += [] if isinstance(found, MethodError) else found
-    return names_given(known)
-
-
+@dataclass
 class Triage:
-    """The triage cycle: reads, plans, carries out. It keeps nothing of one cycle for the next but
-    what the account is like (session, mailboxes, own addresses, address books), so that an idle
-    cycle is a single request."""
+    """The triage cycle: reads, plans, carries out. It keeps nothing for the next one but what the
+    account is like, so that an idle cycle is a single request. With `say`, called with each plan in
+    words, nothing is written. `has_more`: something is left, the next cycle is to come at once."""
 
-    def __init__(
-        self,
-        settings: MailroomSettings,
-        client: JMAPClient,
-        contacts: ContactStore,
-        seen: SeenStates,
-        counts: Counter[str],
-    ) -> None:
-        self._settings = settings
-        self._client = client
-        self._contacts = contacts
-        self._seen = seen
-        self._counts = counts
-        self._ready = False
-        self._own: frozenset[str] = frozenset()
-        self._boxes: Boxes
-        self._mailboxes = MAILBOXES
-        self._ids: dict[str, str] = {}
-        self._queue: dict[str, Mail] = {}
-        self._told: JSON = {}
+    settings: MailroomSettings
+    client: JMAPClient
+    contacts: ContactStore
+    samples: Counter[str]
+    say: Callable[[str], object] | None = None
+    has_more: bool = False
+    _account: Account = field(init=False)
+    _own: set[str] = field(default_factory=set)
+    _lacking: str = ""
+    # {sender: why its messages are under the error label}
+    _errors: Reasons = field(default_factory=dict)
 
-    def connect(self) -> None:
-        """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
-        self._ready = False
-        self._client.connect()
-        self._client.check_writable()
-        self._contacts.prepare()
-        ids, cards = read_account(self._client, self._contacts)
-        check_complete(
-            lacking(needed_mailboxes(self._settings), ids)
-            + lacking(needed_groups(self._settings), groups_by_name(cards))
-        )
-        self._boxes = find_boxes(ids, self._settings)
-        self._mailboxes = self._mailbox_search(ids)
-        logins = {self._settings.jmap_username, self._settings.carddav_username}
-        self._own = self._client.own_addresses() | {name.lower() for name in logins}
-        labels = sorted(category.label for category in self._boxes.labels.values())
-        self._ready = True
-        facts = fields(account=self._client.account_id, labels=labels)
-        level, self._told = logging.DEBUG if facts == self._told else logging.INFO, facts
-        LOG.log(level, "account ready", extra=facts)
-        if self._settings.label_undo not in labels:
-            undo = self._settings.label_undo
-            LOG.log(level, f"no label {undo!r}: `setup --apply` makes it, to undo with")
-
-    def _mailbox_search(self, ids: Mapping[str, str]) -> Query:
-        """How to ask for the mailboxes: by name, so that a cycle costs the same among thousands. A
-        search is trusted only when it finds all that are known to be there."""
-        names = ["Inbox", *(need.name for need in needed_mailboxes(self._settings))]
-        conditions: list[JSON] = [{"role": "inbox"}, *({"name": name} for name in names)]
-        search = MAILBOXES._replace(filter=any_of(conditions))
-        _, [hits] = self._client.fetch([search])
-        found = {} if isinstance(hits, MethodError) else ids_by_name(hits)
-        return search if all(found.get(n) == ids.get(n) for n in names) else MAILBOXES
-
-    def run(self) -> dict[str, str]:
-        """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
-        if self._client.stale or not self._ready:
-            self.connect()
-        self._seen.begin()
-        mails = self._read()
-        decided, unusable = sort_queue(mails, self._boxes, self._own)
-        failed: dict[str, str] = {}
-        # In any order: where a cycle runs into its deadline is then not always the same.
-        senders = random.sample(sorted(decided), len(decided))
-        for start in range(0, len(senders), SENDERS_AT_ONCE):
-            batch = {sender: decided[sender] for sender in senders[start : start + SENDERS_AT_ONCE]}
-            failed |= self._triage(batch, mails)
-        patches = error_patches(mails, decided, unusable, self._boxes)
-        return failed | self._mark_errors(mails, unusable, patches)
-
-    def _mark_errors(
-        self, mails: Iterable[Mail], unusable: Mapping[str, str], patches: Mapping[str, MailPatch]
-    ) -> dict[str, str]:
-        """Put the error label on the unusable mails and take it off others; {sender: why it
-        failed}."""
-        refused, _ = self._update_mails(patches)
-        for mail in mails:
-            if mail.id in unusable and patches[mail.id] and mail.id not in refused:
-                marked = fields(mail=mail.id, reason=unusable[mail.id])
-                LOG.warning("mail marked as an error", extra=marked)
-        return {
-            mail.sender or f"mail {mail.id}": refused[mail.id]
-            for mail in mails
-            if mail.id in refused
-        }
-
-    def _read(self) -> list[Mail]:
-        """The mails under a triage label or the error label. The states come first: what happens
-        while the rest is read is news then. The mailboxes come along, and when a label turns out
-        to be another than before the mails are read again."""
-        while True:
-            asked = self._boxes.queue
-            (email, mailbox), [mailboxes, found] = self._client.fetch(
-                [self._mailboxes, self._labelled()], [EMAIL_STATE, MAILBOX_STATE]
-            )
-            self._ids = ids_by_name(expect(mailboxes))
-            self._boxes = find_boxes(self._ids, self._settings)
-            if self._boxes.queue == asked:
+    def run(self) -> Reasons:
+        """Run one cycle; {sender: why it failed}. Raises MailroomError if it cannot be finished."""
+        half_time = time.monotonic() + CYCLE_DEADLINE / 2
+        emails = self._read()
+        self._own |= {each.sender for each in emails if each.mailboxes & self._account.outgoing}
+        wanted, self._errors = self._account.resolve_labels(emails, self._own)
+        failed, is_late = Reasons(), False
+        # In any order: where a cycle runs out of time it is then not always for the same.
+        senders = random.sample(sorted(wanted), len(wanted))
+        for batch in batched(senders, SENDERS_AT_ONCE):
+            if is_late := time.monotonic() > half_time:
                 break
-        self._seen.saw("Email", email.get("state"))
-        self._seen.saw("Mailbox", mailbox.get("state"))
-        self._queue = {mail.id: mail for mail in expect(found)}
-        return list(self._queue.values())
+            failed |= self._triage({sender: wanted[sender] for sender in batch}, emails)
+        going = wanted.keys() - self._errors.keys()
+        self._mark(emails, going)
+        is_cut = is_late or len(emails) >= EMAILS_AT_ONCE
+        self.has_more = is_cut and bool(going - failed.keys()) and not self.say
+        return failed
 
-    def _triage(
-        self, senders: Mapping[str, Category], queue: Collection[Mail], tries: int = 2
-    ) -> dict[str, str]:
-        """Triage a batch of senders; {sender: why it failed}. When a request fails and the server
-        is well the batch is split, so that the sender at fault holds up no one else. Raises the
-        error of a server that wants to be left alone."""
+    def _connect(self) -> None:
+        """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
+        account, _ = read_account(self.settings, self.client, self.contacts)
+        logins = (self.settings.jmap_username, self.settings.carddav_username)
+        self._own |= self.client.own_addresses() | set(map(address_key, logins)) - {""}
+        self._take(account)
+
+    def _take(self, account: Account) -> None:
+        """Go by the account as it is now. Raises ConfigurationError where nothing can work."""
+        if problems := account.problems():
+            raise ConfigurationError(*problems)
+        if (lacking := account.lacks(account.missing)) != self._lacking:
+            there = f"no {lacking}: see `setup`" if lacking else "all that it needs"
+            LOG.warning(f"the account has {there}")
+        self._lacking, self._account = lacking, account
+
+    def _read(self) -> list[Email]:
+        """Return the messages under a triage label or the error label. The mailboxes come along,
+        and when the labels turn out to be others than before the messages are read again."""
+        if self.client.stale:
+            self._connect()
+        while True:
+            account = self._account
+            labelled = emails_where(in_any(account.queue), EMAILS_AT_ONCE)
+            _, [mailboxes, emails] = self.client.fetch([MAILBOXES, labelled])
+            boxes = parse_mailboxes(mailboxes)
+            self._take(Account(self.settings, boxes, account.groups.values()))
+            if self._account.queue == account.queue:
+                break
+        totals = {each.id: each.total for each in self._account.mailboxes}
+        self.samples["screener_messages"] = totals.get(account.screener, 0)
+        self.samples["error_messages"] = totals.get(account.error, 0)
+        return emails
+
+    def _triage(self, wanted: Wanted, queue_: list[Email], is_last_try: bool = False) -> Reasons:
+        """Triage some senders; {sender: why it failed}. When that fails and the server is well, it
+        is done again one sender at a time, so that the one at fault holds up no one else. Raises
+        the error of a server that is in trouble or wants to be left alone."""
         try:
-            plans = self.plan(senders, queue)
-            first = first_of_each_contact(plans)
-            failed = self.carry_out(first.values())
+            plans, cards, condition = self._look_up(wanted, queue_)
+            return self._carry_out(plans, cards, condition)
         except ServerError as error:
             if error.retry_after:
                 raise
+            if is_last_try:
+                return dict.fromkeys(wanted, str(error))
             if not error.answered:
-                self.connect()  # It raises when it is the server that is at fault.
-            names = list(senders)
-            if len(names) == 1:
-                # Once more: someone else may have written to the contacts at the same time.
-                return (
-                    self._triage(senders, queue, tries - 1) if tries > 1 else {names[0]: str(error)}
-                )
-            # One by one after a silence: each further one may cost a whole time-out.
-            size = (len(names) + 1) // 2 if error.answered else 1
-            failed = {}
-            for start in range(0, len(names), size):
-                part = {name: senders[name] for name in names[start : start + size]}
-                failed |= self._triage(part, queue, tries if error.answered else 1)
-            return failed
-        # A contact with several addresses may be asked for twice: the second time sees the first.
-        later = {
-            plan.sender: plan.category for plan in plans if plan is not first[plan.contact.uid]
-        }
-        return failed | (self._triage(later, queue) if later else {})
+                self._connect()  # It raises when it is the server that is at fault.
+        failed = Reasons()
+        for sender, category in wanted.items():
+            failed |= self._triage({sender: category}, queue_, is_last_try=True)
+        return failed
 
-    def plan(self, senders: Mapping[str, Category], queue: Collection[Mail]) -> list[SenderPlan]:
-        """The plans for some senders: one request, or a few where searches cannot be trusted."""
-        calls, questions = self._contacts.questions(senders)
-        searches = [self._search(senders, by_from), self._newest_in_screener(senders)]
-        answers, found = self._client.fetch([*questions, *searches], calls)
-        cards = self._contacts.cards(senders, answers, found[: len(questions)])
-        check_complete(lacking(needed_groups(self._settings), groups_by_name(cards)))
-        known = [mail for mail in queue if mail.sender in senders]
-        mails = self._complete(known, found[len(questions)], expect(found[-1]))
-        undone = {sender for sender, category in senders.items() if category.undoes}
-        rules = rules_of(self._settings)
-        gone = self._as_made(undone, chain(*map(dict.values, mails.values())), cards, rules)
-        return [
-            plan_sender(sender, category, mails[sender].values(), cards, rules, self._boxes, gone)
-            for sender, category in senders.items()
-            if any(
-                self._boxes.label_of(category) in mail.mailboxes for mail in mails[sender].values()
-            )
-        ]
+    def _look_up(self, wanted: Wanted, queue_: list[Email]) -> tuple[Plans, list[Card], Condition]:
+        """Return plans to be completed, the cards for them, and the condition that finds the
+        senders' messages. A search is trusted when it finds the labelled messages that are known;
+        if not, the next one is tried, and at last the mailboxes are listed."""
+        account = self._account
+        boxes = account.managed | account.labels.keys() | account.outgoing
+        emails = {email.id: email for email in queue_ if email.sender in wanted}
+        tapped = {id_ for id_ in emails if emails[id_].mailboxes & account.labels.keys()}
+        calls, questions = self.contacts.questions(wanted)
+        for condition in CONDITIONS:
+            looks = searches(account, dict.fromkeys(wanted, boxes), condition)
+            try:
+                answers, found = self.client.fetch([*questions, *looks], calls)
+            except MethodError as error:
+                if condition and error.method.startswith("Email/") and not error.retry_after:
+                    continue  # The server cannot search like that.
+                raise
+            newest, *hits = found[len(questions) :]
+            missed = tapped - {email.id for part in hits for email in part}
+            if not missed:
+                break
+        # Where all that is there was seen, a label that was not found has come off.
+        emails = {id_: emails[id_] for id_ in emails if condition or id_ not in missed}
+        emails |= {email.id: email for part in (newest, *hits) for email in part}
+        cards = self.contacts.cards(answers, found[: len(questions)])
+        self._take(Account(self.settings, account.mailboxes, cards))
+        plans = []
+        for sender, category in wanted.items():
+            own = [email for email in emails.values() if email.sender == sender]
+            plans.append(SenderPlan(sender, category, self._account, own))
+        return [plan for plan in plans if plan.tapped], cards, condition
 
-    def _as_made(
-        self, senders: Collection[str], mails: Iterable[Mail], cards: Collection[Card], rules: Rules
-    ) -> set[str]:
-        """The refs of the senders' contacts that are as Mailroom made them."""
-        made = [card for card in cards if card.emails & {*senders} and was_made(card)]
-        if not made:
-            return set()
-        untouched = self._contacts.untouched(made)
-        names = names_told(self._client, [card for card in made if card.ref in untouched], mails)
-        return as_made(made, names, rules.foreign_groups(cards), untouched)
-
-    def _search(self, senders: Collection[str], condition: Callable[[str], JSON] | None) -> Query:
-        """The query for the senders' mails where they may be re-filed; without a condition all
-        mails there are listed. Any search finds others' mails too: addresses are compared here."""
-        there = in_any(self._boxes.managed | self._boxes.labels.keys())
-        conditions = [there, any_of(map(condition, sorted(senders)))] if condition else [there]
-        return Query(
-            "Email",
-            {"operator": "AND", "conditions": conditions},
-            MAIL_PROPERTIES,
-            lambda raw: mail if (mail := parse_mail(raw)).sender in senders else None,
-        )
-
-    def _newest_in_screener(self, senders: Collection[str]) -> Query:
-        """The query for what has just arrived and may not be in the index yet."""
-        query = self._search(senders, None)
-        return query._replace(filter=in_any([self._boxes.screener]), newest=NEWEST_IN_SCREENER)
-
-    def _complete(
-        self, known: Collection[Mail], searched: Found, newest: list[Mail]
-    ) -> dict[str, dict[str, Mail]]:
-        """All mails of the senders of the known ones: {sender: {id: mail}}. A search is trusted for
-        a sender when it finds the labelled mails that are known; if not, the next one is tried, and
-        at last the mailboxes are listed."""
-        mails: dict[str, dict[str, Mail]] = defaultdict(dict)
-        for mail in [*known, *newest]:
-            mails[mail.sender][mail.id] = mail
-        expected = [mail for mail in known if mail.mailboxes & self._boxes.labels.keys()]
-        for condition in (by_header, None):
-            hits = [] if isinstance(searched, MethodError) else searched
-            for mail in hits:
-                mails[mail.sender][mail.id] = mail
-            seen = {mail.id for mail in hits}
-            doubtful = {mail.sender for mail in expected if mail.id not in seen}
-            if not doubtful:
-                return mails
-            expected = [mail for mail in expected if mail.sender in doubtful]
-            _, [searched] = self._client.fetch([self._search(doubtful, condition)])
-        for mail in expect(searched):
-            mails[mail.sender][mail.id] = mail
-        return mails
-
-    def carry_out(self, plans: Collection[SenderPlan]) -> dict[str, str]:
-        """Carry out the plans, step by step; {sender: why it failed}."""
-        failed: dict[str, str] = {}
-        for step in STEPS:
-            going = [plan for plan in plans if plan.sender not in failed]
-            writes = step(going)
-            calls = self._contacts.calls(writes.cards)
-            mails_refused, answers = self._update_mails(writes.mails, calls)
-            cards_refused = self._contacts.apply(writes.cards, answers)
-            failed |= failures(going, writes, cards_refused, mails_refused)
+    def _carry_out(self, plans: Plans, cards: list[Card], condition: Condition) -> Reasons:
+        """Complete the plans and carry them out, step by step; {sender: why it failed}. A sender
+        for whom a step fails is left out of the next ones. Stopping anywhere leaves a sender in too
+        many groups, never in none (unless triage is undone), and the label on."""
+        failed, complete = Reasons(), []
         for plan in plans:
-            if plan.sender not in failed:
-                self._note_triaged(plan)
-        return failed
+            try:
+                complete.append(plan.complete(cards, date.today().isoformat()))
+            except ValueError as error:
+                failed[plan.sender] = str(error)
+        complete = with_conflicts(complete)
+        self._errors |= {plan.sender: plan.error for plan in complete if plan.error}
+        self._own |= {plan.sender for plan in complete if plan.error == IS_THE_USER}
+        going = [plan for plan in complete if not plan.error]
+        if self.say:
+            for plan in going:
+                facts = plan.summary(sum(map(bool, map(plan.refile, plan.emails))))
+                self.say("; ".join(f"{key.replace('_', ' ')}: {facts[key]}" for key in facts))
+            return failed
+        for step in ("joins", "leaves"):
+            changes = merge_changes(getattr(plan, step) for plan in going)
+            refused = self.contacts.apply(changes) if changes else {}
+            for plan in going:
+                for key in getattr(plan, step).keys() & refused.keys():
+                    failed[plan.sender] = f"contact card {key}: {refused[key]}"
+            going = [plan for plan in going if plan.sender not in failed]
+        wrong, filed = self._file(going, condition)
+        for plan in (plan for plan in going if plan.sender not in wrong):
+            done = "undone" if plan.category.undoes else "triaged"
+            self.samples.update({f"senders_{done}_total": 1})
+            level = logging.WARNING if plan.warning else logging.INFO
+            event = "triage undone" if plan.category.undoes else "sender triaged"
+            LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
+        self.samples["messages_filed_total"] += filed.total()
+        return failed | wrong
 
-    def _note_triaged(self, plan: SenderPlan) -> None:
-        filed = sum(map(bool, plan.refile.values()))
-        undone = plan.category.undoes
-        self._counts["senders_undone_total" if undone else "senders_triaged_total"] += 1
-        self._counts["mails_filed_total"] += filed
-        LOG.info(
-            "triage taken back" if undone else "sender triaged",
-            extra=fields(
-                sender=plan.sender,
-                **{} if undone else {"category": plan.category.name},
-                mails_filed=filed,
-                contact=plan.contact.fate,
-                joined=[group.name for group in plan.join],
-                left=[group.name for group in plan.leave],
-            ),
-        )
-        if plan.name_differs:
-            LOG.warning(
-                "the contact has another name than the mail",
-                extra=fields(
-                    sender=plan.sender, contact=plan.contact.card and plan.contact.card.name
-                ),
-            )
+    def _file(self, plans: Plans, condition: Condition) -> tuple[Reasons, Counter[str]]:
+        """File the messages of senders as their plans have it, and when nothing is left to file
+        take the labels off. Each request that writes looks for further messages: for what came
+        meanwhile, and for what an incomplete search had left out. Returns {sender: why it failed}
+        and {sender: how many were filed}. Raises ServerError."""
+        emails = {email.id: email for plan in plans for email in plan.emails}
+        failed, filed = Reasons(), Counter[str]()
+        for _ in range(MAX_LOOKS):
+            going = {plan.sender: plan for plan in plans if plan.sender not in failed}
+            left = [email for email in emails.values() if email.sender in going]
+            patches = {email.id: going[email.sender].refile(email) for email in left}
+            filed.update(emails[id_].sender for id_ in patches if patches[id_])
+            if not any(patches.values()):
+                patches = {email.id: going[email.sender].finish(email) for email in left}
+            if not any(patches.values()):
+                return failed, filed
+            places = {sender: plan.misplaced for sender, plan in going.items()}
+            looks = searches(self._account, places, condition)
+            refused, found = set_emails(self.client, patches, looks)
+            emails |= {id_: emails[id_].patched(patch) for id_, patch in patches.items()}
+            emails |= {email.id: email for email in found}
+            failed |= {emails[id_].sender: f"message {id_}: {why}" for id_, why in refused.items()}
+        back = [emails[id_].sender for id_ in patches if patches[id_]]
+        return failed | dict.fromkeys(back, "its messages keep coming back"), filed
 
-    def _update_mails(
-        self, patches: Mapping[str, MailPatch], along: Sequence[Call] = ()
-    ) -> tuple[dict[str, str], list[JSON]]:
-        """Email/set in as many requests as the limits force: {mail id: why it was refused}. Each
-        request looks at the labels again when it has written: what came in between must not be
-        taken for old news. The first, if there is any, takes other calls along, before its own,
-        and brings their answers."""
-        refused: dict[str, str] = {}
-        answers: list[JSON] = []
-        look = self._labelled()._replace(properties=("id", "mailboxIds"))
-        changes = {id_: patch for id_, patch in patches.items() if patch}
-        for portion in self._client.portions(changes):
-            write: Call = ("Email/set", {"update": portion})
-            (*others, done, mailbox, email), [mailboxes, found] = self._client.fetch(
-                [self._mailboxes, look], [*along, write, MAILBOX_STATE, EMAIL_STATE]
-            )
-            answers, along = answers + others, ()
-            now = ids_by_name(expect(mailboxes)), self._labels(expect(found))
-            errors = set_errors(done)
-            refused |= mails_refused(errors)
-            for id_ in portion.keys() & self._queue.keys() - errors.keys():
-                self._queue[id_] = self._queue[id_].patched(portion[id_])
-            self._seen.saw("Email", done.get("newState"))
-            self._seen.saw("Mailbox", mailbox.get("state"))
-            self._seen.saw("Email", email.get("state"))
-            if now != (self._ids, self._labels(self._queue.values())):
-                self._seen.forget()
-        return refused, answers
-
-    def _labelled(self) -> Query:
-        return Query("Email", in_any(self._boxes.queue), MAIL_PROPERTIES, parse_mail)
-
-    def _labels(self, mails: Iterable[Mail]) -> set[tuple[str, frozenset[str]]]:
-        """{(mail id, its labels)} of those that have any."""
-        labels = ((mail.id, mail.mailboxes & self._boxes.queue) for mail in mails)
-        return {(id_, there) for id_, there in labels if there}
-
-
-# ------------------------------------------------------------------------------------------------
-# The dry run: what a cycle would do, in words
-# ------------------------------------------------------------------------------------------------
-
-
-def number(many: int, noun: str) -> str:
-    """`1 mail`, `2,500 mails`."""
-    return f"{many:,} {noun}{'' if many == 1 else 's'}"
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    def _mark(self, emails: Iterable[Email], filed: Collection[str]) -> None:
+        """Put the error label on tapped messages with an error and take it off others, but for the
+        senders that were filed; and take the labels off what the user sent."""
+        account, patches, marked = self._account, dict[str, Patch](), Reasons()
+        for email in emails:
+            if email.mailboxes & account.outgoing:
+                patches[email.id] = email.patch([], account.queue)
+            elif email.sender in self._errors and email.mailboxes & account.labels.keys():
+                if patch := email.patch([account.error], []):
+                    patches[email.id], marked[email.id] = patch, self._errors[email.sender]
+            elif email.sender not in filed:
+                patches[email.id] = email.patch([], [account.error])
+        if self.say:
+            for id_, why in marked.items():
+                self.say(f"message {id_}: error label; {why}")
+            return
+        refused, _ = set_emails(self.client, patches)
+        for id_ in marked.keys() - refused.keys():
+            LOG.warning("message marked as an error", extra=fields(message=id_, reason=marked[id_]))
 
 
-def explain_contact(change: CardChange) -> str:
-    """What becomes of a sender's contact, and why."""
-    if not change.card:
-        made = f'make the contact "{change.name}" ({change.kind}): none has this address'
-        return made if change.kind else "there is no contact with this address"
-    name = change.card.name
-    if change.destroy:
-        return f'delete the contact "{name}": Mailroom made it and nobody has touched it'
-    if change.clean:
-        return f'keep the contact "{name}", without Mailroom\'s lines in its note'
-    filled = [f'give it the name "{change.name}", as it has none'] if change.name else []
-    noted = [f'add "{line}" to its note' for line in change.note]
-    return ", ".join([f'keep the contact "{name}", which has this address', *filled, *noted])
+# Health and metrics ###############################################################################
 
-
-def explain_patches(patches: Iterable[MailPatch], names: Mapping[str, str]) -> Iterator[str]:
-    """Where mails go, a line for those that go the same way. `names`: {mailbox id: name}."""
-    ways = Counter(tuple(sorted(patch.items())) for patch in patches if patch)
-    for way, mails in ways.items():
-        boxes = [
-            (names.get(path.removeprefix("mailboxIds/"), "another mailbox"), stays)
-            for path, stays in way
-        ]
-        out = listed(name for name, stays in boxes if not stays)
-        into = listed(name for name, stays in boxes if stays)
-        yield f"file {number(mails, 'mail')} into {into}" + (f", out of {out}" if out else "")
-
-
-def explain(plan: SenderPlan, names: Mapping[str, str]) -> str:
-    """What a plan does for a sender, and why, in lines. `names`: {mailbox id: name}."""
-    lines = [f"{plan.sender} has the label {plan.category.label}", explain_contact(plan.contact)]
-    if plan.join:
-        lines.append(f"put the contact into {listed(group.name for group in plan.join)}")
-    if plan.leave:
-        lines.append(f"take the contact out of {listed(group.name for group in plan.leave)}")
-    lines += explain_patches(plan.refile.values(), names)
-    if plan.name_differs:
-        lines.append("warn that the mail gives another name than the contact")
-    off = Counter(
-        names.get(path.removeprefix("mailboxIds/"), "another label")
-        for patch in plan.finish.values()
-        for path, stays in patch.items()
-        if not stays
-    )
-    lines += [f"take {label} off {number(mails, 'mail')}" for label, mails in off.items()]
-    return "\n  ".join(lines)
-
-
-class DryRun(Triage):
-    """The cycle without its writes: it says what it would do, where that is news."""
-
-    def __init__(self, say: Callable[[str], object], *given: Any) -> None:
-        super().__init__(*given)
-        self._say = say
-        self._found: list[str] = []
-        self._said: list[str] = []
-
-    def run(self) -> dict[str, str]:
-        """One cycle; {sender: why it failed}. Raises MailroomError when it cannot be finished."""
-        self._found = []
-        failed = super().run()
-        said, self._said = self._said, sorted(self._found) or ["There is nothing to do."]
-        for text in self._said:
-            if text not in said:
-                self._say(text)
-        return failed
-
-    def carry_out(self, plans: Collection[SenderPlan]) -> dict[str, str]:
-        names = {id_: name for name, id_ in self._ids.items()}
-        self._found += [explain(plan, names) for plan in plans]
-        return {}
-
-    def _mark_errors(
-        self, mails: Iterable[Mail], unusable: Mapping[str, str], patches: Mapping[str, MailPatch]
-    ) -> dict[str, str]:
-        label = self._settings.label_mailroom_error
-        for mail in mails:
-            if patches.get(mail.id) and mail.id in unusable:
-                self._found.append(f"mail {mail.id} gets {label}: {unusable[mail.id]}")
-            elif patches.get(mail.id):
-                self._found.append(f"mail {mail.id} loses {label}: nothing is wrong any more")
-        return {}
-
-
-# ------------------------------------------------------------------------------------------------
-# Health and metrics
-# ------------------------------------------------------------------------------------------------
-
-
-CYCLE_DEADLINE = 300.0
-# So many clients are served at a time, and each for so many seconds.
-HEALTH_CLIENTS = 20
-HEALTH_SECONDS = 5.0
-
-
-class HealthHandler(gevent.pywsgi.WSGIHandler):
-    """One client of the health port, for one request. One that is too slow is taken for gone, and a
-    malformed request is not logged."""
-
-    def handle(self) -> None:
-        gone = BrokenPipeError(errno.EPIPE, "too slow")
-        with suppress(OSError), gevent.Timeout(HEALTH_SECONDS, gone):
-            super().handle()
-
-    def read_request(self, raw_requestline: str) -> Any:
-        try:
-            return super().read_request(raw_requestline)
-        except (OSError, ValueError, HTTPException):
-            return None
+HEALTH_CLIENTS = 20  # served at a time
+CYCLES = 'cycles_total{{trigger="{}",result="{}"}}'
+TRIGGERS = ("startup", "push", "scheduled", "fallback")
+RESULTS = ("success", "sender_failures", "failure")
+METRICS = {
+    "build_info": "The version that is running.",
+    "consecutive_failures": "Cycles that failed since the last one that did not.",
+    "cycles_total": "Cycles, by what triggered them and how they ended.",
+    "error_messages": "Messages under the error label.",
+    "eventsource_connected": "Whether the event stream is connected.",
+    "last_success_timestamp_seconds": "When the last cycle succeeded, in Unix time; 0 before.",
+    "messages_filed_total": "Messages that were filed.",
+    "screener_messages": "Messages in the Screener.",
+    "sender_failures_total": "Senders that could not be triaged, counted in each cycle.",
+    "senders_triaged_total": "Senders that were triaged.",
+    "senders_undone_total": "Senders whose triage was undone.",
+}
 
 
 class Health:
-    """What the service can say of itself; the service alone writes it. `counts` holds the samples
-    of the counters by their names without the prefix."""
+    """What the service can say of itself; the service and the cycle write it. `samples`: those of
+    the metrics, by their names without the prefix."""
 
     def __init__(self, settings: MailroomSettings) -> None:
         self.stream = StreamStatus()
-        self.counts = Counter(
-            senders_triaged_total=0,
-            senders_undone_total=0,
-            sender_failures_total=0,
-            mails_filed_total=0,
-        )
-        self.consecutive_failures = 0
-        self.last_trigger: str | None = None
-        self.last_success: float | None = None
-        self._started = time.monotonic()
-        self._max_age = 2 * settings.poll_interval + CYCLE_DEADLINE
-        self._shown = settings.shown
-
-    def note_cycle(self, trigger: str, result: str) -> None:
-        """A cycle has ended: a `success`; with `sender_failures`, where the account was read but
-        not every sender triaged; or in a `failure`."""
-        self.counts[f'cycles_total{{trigger="{trigger}",result="{result}"}}'] += 1
-        self.consecutive_failures = 0 if result == "success" else self.consecutive_failures + 1
-        if result != "failure":
-            self.last_success, self.last_trigger = time.monotonic(), trigger
+        self.is_refused = False
+        self.consecutive_failures, self.last_success = 0, 0.0
+        self.last_error, self.last_trigger = "", ""
+        # All that can come is there from the start.
+        cycles = [CYCLES.format(trigger, result) for trigger in TRIGGERS for result in RESULTS]
+        self.samples: Counter[str] = Counter(dict.fromkeys(cycles, 0))
+        self.samples[f'build_info{{version="{VERSION}"}}'] = 1
+        self._settings, self._started = settings, time.monotonic()
 
     def page(self) -> tuple[str, str, str]:
-        """(status line, media type, body) for /healthz."""
-        now = time.monotonic()
-        fresh = now - (self.last_success or self._started) < self._max_age
-        age = None if self.last_success is None else round(now - self.last_success, 3)
-        error = self.stream.last_error
+        """Return (status line, media type, body) for /healthz."""
+        age = time.monotonic() - (self.last_success or self._started)
+        is_well = age < 2 * self._settings.poll_interval + CYCLE_DEADLINE and not self.is_refused
         body = {
-            "status": "ok" if fresh else "failing",
-            "last_poll_age_seconds": age,
-            "last_poll_trigger": self.last_trigger,
+            "status": "ok" if is_well else "failing",
+            "last_poll_age_seconds": round(age, 3) if self.last_success else None,
+            "last_poll_trigger": self.last_trigger or None,
+            "last_error": self.last_error or None,
             "consecutive_failures": self.consecutive_failures,
-            "eventsource": asdict(self.stream) | {"last_error": error and self._shown(error)},
+            "eventsource": asdict(self.stream),
         }
-        status = "200 OK" if fresh else "503 Service Unavailable"
-        return status, "application/json", json.dumps(body)
+        status = "200 OK" if is_well else "503 Service Unavailable"
+        return status, "application/json", self._settings.redact(json.dumps(body))
 
     def metrics(self) -> tuple[str, str, str]:
-        """(status line, media type, body) for /metrics, in the Prometheus text format 0.0.4."""
-        gauges = {
-            "consecutive_failures": self.consecutive_failures,
-            "eventsource_connected": int(self.stream.status == "connected"),
-            "last_poll_age_seconds": time.monotonic() - (self.last_success or self._started),
-        }
-        counters = {**self.counts, "eventsource_reconnects_total": self.stream.reconnect_count}
-        lines: dict[str, None] = {}
-        for kind, samples in (("counter", counters), ("gauge", gauges)):
-            for name, value in sorted(samples.items()):
-                lines[f"# TYPE mailroom_{name.partition('{')[0]} {kind}"] = None
-                lines[f"mailroom_{name} {value:.16g}"] = None
+        """Return (status line, media type, body) for /metrics, in the Prometheus text format."""
+        self.samples["consecutive_failures"] = self.consecutive_failures
+        self.samples["eventsource_connected"] = int(self.stream.status == "connected")
+        lines = []
+        for name, meaning in METRICS.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP mailroom_{name} {meaning}", f"# TYPE mailroom_{name} {kind}"]
+            of_name = [each for each in self.samples if each.partition("{")[0] == name] or [name]
+            lines += [f"mailroom_{each} {self.samples[each]}" for each in of_name]
         return "200 OK", "text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""])
 
     def __call__(self, environ: JSON, start_response: Callable[..., Any]) -> list[bytes]:
         """The WSGI application (PEP 3333)."""
-        pages = {"/healthz": self.page, "/metrics": self.metrics}
-        page = pages.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "GET" else None
-        missing = ("404 Not Found", "text/plain", "not found\n")
-        status, media_type, body = page() if page else missing
-        start_response(status, [("Content-Type", media_type), ("Connection", "close")])
-        return [body.encode()]
+        method, pages = environ["REQUEST_METHOD"], {"/healthz": self.page, "/metrics": self.metrics}
+        page = pages.get(environ["PATH_INFO"]) if method in ("GET", "HEAD") else None
+        status, kind, body = page() if page else ("404 Not Found", "text/plain", "not found\n")
+        octets = body.encode()
+        headers = {"Content-Type": kind, "Content-Length": str(len(octets)), "Connection": "close"}
+        start_response(status, [*headers.items()])
+        return [] if method == "HEAD" else [octets]
 
 
-# ------------------------------------------------------------------------------------------------
-# The service
-# ------------------------------------------------------------------------------------------------
-
-FAULT = "a fault in the program"
-# What writing to a standard output raises that is full or that no one reads. Compared by the exact
-# class: errors of the network are OSErrors of classes of their own.
-OUTPUT_ERRORS = (OSError, BrokenPipeError)
-# A cycle has so long to come to an end, and the other greenlets a second: within 5 all is over.
-SHUTDOWN_SECONDS = 3.0
-CONNECT_GRACE = 1.0
-# So many signals may wait for a cycle; then the stream is left unread.
-MAX_SIGNALS = 10_000
+class HealthHandler(gevent.pywsgi.WSGIHandler):
+    def _handle_client_error(self, error: Exception) -> Any:
+        """Refuse a request. gevent prints a traceback of too many headers, as of no ValueError."""
+        return super()._handle_client_error(ValueError(str(error)))  # type: ignore[misc]
 
 
-def drain_queue(queue_: Any) -> int:
+# The service ######################################################################################
+
+SAY_AGAIN_SECONDS = 3600.0
+
+
+def drain_queue(queue: Any) -> int:
     """Empty a queue without waiting; how many items were dropped."""
     dropped = 0
-    while True:
-        try:
-            queue_.get_nowait()
-        except queue.Empty:
-            return dropped
-        dropped += 1
+    with suppress(gevent.queue.Empty):
+        while True:
+            queue.get_nowait()
+            dropped += 1
+    return dropped
 
 
-def give_back_memory() -> None:
-    """Have the C library give back the memory that is free. glibc keeps it where some in between is
-    in use, as after a large cycle."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+def as_lasting(error: MailroomError) -> ConfigurationError | None:
+    """Return an error that will be the same tomorrow, None for one that may pass."""
+    if isinstance(error, MethodError) and error.is_lasting:
+        return ConfigurationError(f"the server lacks what it needs: {error}")
+    return error if isinstance(error, ConfigurationError) else None
 
 
 class Service:
     """The long-lived greenlets: one that runs the cycles, one that listens, one for health. When
     one of them ends, so does the program. With `once` there is but one cycle, and nothing else;
-    with `dry_run`, called with each plan in words, no cycle writes."""
+    with `say`, called with each plan in words, no cycle writes."""
 
-    def __init__(
-        self,
-        settings: MailroomSettings,
-        *,
-        once: bool = False,
-        dry_run: Callable[[str], object] | None = None,
-    ) -> None:
+    def __init__(self, settings: MailroomSettings, *, once: bool = False, say: Any = None) -> None:
         self.shutdown = gevent.event.Event()
         self.health = Health(settings)
-        self._settings = settings
-        self._queue: gevent.queue.Queue[str] = gevent.queue.Queue(MAX_SIGNALS)
-        self._seen = SeenStates()
-        self._over: gevent.event.AsyncResult[BaseException | None] = gevent.event.AsyncResult()
-        self._greenlets: list[gevent.Greenlet[..., Any]] = []
-        self._client, contacts = new_clients(settings, self.shutdown.is_set)
-        given = (settings, self._client, contacts, self._seen, self.health.counts)
-        self._triage = DryRun(dry_run, *given) if dry_run else Triage(*given)
-        self._once = once
-        self._told: dict[str, str] = {}
-        self._listening = False
+        self._settings, self._once = settings, once
+        self._queue: gevent.queue.Queue[str] = gevent.queue.Queue()
+        self._is_ready = gevent.event.Event()
+        self._client, contacts = new_clients(settings)
+        self._triage = Triage(settings, self._client, contacts, self.health.samples, say)
+        self._silent_until: dict[tuple[str, str], float] = {}
 
     def run(self) -> int:
-        """Serve until a signal or a fault, or the one cycle is done; the exit status."""
-        for signal_number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(signal_number, self.shutdown.set)
+        """Serve until a signal or a fault, or the one cycle is done; the exit status. Raises what
+        has ended a greenlet."""
+        health = [self._serve_health] if self._settings.health_port else []
+        tasks = [self._cycles] if self._once else [*health, self._cycles, self._listen]
+        greenlets = [gevent.spawn(outcome, task) for task in tasks]
+        waited: list[Any] = [self.shutdown, *greenlets]
         try:
-            if not self._once:
-                self._serve_health()
-            cycles = self._spawn(self._cycles)
-            waited: list[Any] = [self.shutdown, self._over]
-            gevent.wait(waited, count=1)
-            if self.shutdown.is_set():
-                drain_queue(self._queue)  # A full one would not take what wakes the cycles.
-                self._queue.put("shutdown")
-                cycles.join(SHUTDOWN_SECONDS)
-                LOG.info("stopped")
-                return 0
-            fault = self._over.get()
-            if fault and type(fault) in (ConfigurationError, *OUTPUT_ERRORS):
-                raise fault
-            if self._once and fault is None:
-                return 3 if self.health.consecutive_failures else 0
-            raise RuntimeError("a greenlet has ended") from fault
-        except ConfigurationError as error:
-            for problem in error.problems:
-                LOG.error(problem)
-            return 2
-        except Exception as error:
-            if type(error) in OUTPUT_ERRORS:
-                raise
-            LOG.critical(FAULT, exc_info=True)
-            return 1
+            # Python misses a signal that comes just before the loop waits, until the next turn.
+            while not (ended := gevent.wait(waited, timeout=1, count=1)):
+                pass
         finally:
-            gevent.killall(self._greenlets, timeout=1)
-
-    def _spawn(self, run: Callable[[], object]) -> "gevent.Greenlet[..., Any]":
-        greenlet = gevent.spawn(outcome, run)
-        greenlet.link(lambda ended: self._over.set(ended.value))
-        self._greenlets.append(greenlet)
-        return greenlet
+            # A cycle that is cut off is the same as one that crashed: the next one sees the rest.
+            gevent.killall(greenlets, timeout=1)
+        if self.shutdown.is_set():
+            LOG.info("stopped")
+            return 0
+        fault = ended[0].value
+        if self._once and fault is None:
+            return 3 if self.health.consecutive_failures else 0
+        raise fault if isinstance(fault, Exception) else RuntimeError(f"ended by {fault!r}")
 
     def _serve_health(self) -> None:
         host, port = self._settings.health_host, self._settings.health_port
-        if not port:
-            return
-        server = gevent.pywsgi.WSGIServer(
-            (host, port),
-            self.health,
-            log=None,
-            error_log=None,
-            spawn=HEALTH_CLIENTS,
-            handler_class=HealthHandler,
-        )
+        how: JSON = {"handler_class": HealthHandler, "spawn": HEALTH_CLIENTS}
+        how |= {"log": None, "error_log": None}
         try:
-            server.start()
-        except OSError as error:
-            raise ConfigurationError(
-                f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port}: give others, or "
-                f"port 0 for none ({str(error.strerror or error).partition(':')[0]})"
-            ) from None
-        self._spawn(lambda: server.serve_forever(stop_timeout=0))
+            gevent.pywsgi.WSGIServer((host, port), self.health, **how).serve_forever(0)
+        except (OSError, ValueError) as error:
+            where = f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port} (0: none)"
+            raise ConfigurationError(f"{where}: {network_reason(error)}; give others") from None
 
     def _listen(self) -> None:
-        """Start to listen, once it is known where."""
-        url = self._client.event_source_url
-        if self._once:
-            return
-        if not url and self.health.last_success is None:
+        """Listen to the event stream, once it is known where: a server may come to have push."""
+        client, settings = self._client, self._settings
+        self._is_ready.wait()
+        if not client.event_source_url:
             LOG.info("the server has no push: polling")
-        if not url or self._listening:
-            return
-        self._listening = True
-        self._spawn(
-            lambda: sse_listener(
-                self._settings.jmap_token,
-                url,
-                self._queue,
-                self.shutdown,
-                LOG,
-                username=self._settings.jmap_username,
-                moved_to=lambda: self._client.event_source_url,
-                status=self.health.stream,
-                on_open=self._connected,
-                on_state=self._seen.reported,
-            )
+        while not (url := client.event_source_url):
+            gevent.sleep(settings.poll_interval)
+        sse_listener(
+            *(settings.jmap_token, url, self._queue, self.shutdown, LOG),
+            username=settings.jmap_username,
+            current_url=lambda: client.event_source_url,
+            status=self.health.stream,
+            on_open=lambda: self._queue.put("connected"),
         )
-
-    def _connected(self) -> None:
-        """The server may say at once what the state is; if not, a cycle looks."""
-        self._seen.connected()
-        gevent.spawn_later(CONNECT_GRACE, self._queue.put, "connected")
 
     def _cycles(self) -> None:
         trigger = "startup"
-        while not self.shutdown.is_set():
-            delay = self._cycle(trigger)
-            give_back_memory()
-            if self._once:
-                return
+        while not (delay := self._cycle(trigger)) or not self._once:
             trigger = self._wait(delay)
+
+    def _cycle(self, trigger: str) -> float:
+        """Run one cycle; the seconds until the next one is due at the latest. Until one has
+        succeeded it raises ConfigurationError for what lasts."""
+        health, interval, pause = self.health, self._settings.poll_interval, 0.0
+        before = health.consecutive_failures
+        late = MailroomError(f"the cycle timed out after {CYCLE_DEADLINE:g} s")
+        drain_queue(self._queue)
+        try:
+            with gevent.Timeout(CYCLE_DEADLINE, late):
+                failures = self._triage.run()
+            health.is_refused = False
+            self._is_ready.set()
+        except MailroomError as error:
+            if (lasting := as_lasting(error)) and not self._is_ready.is_set():
+                raise lasting from None
+            self._client.stale = True  # Nothing of the account is taken for granted.
+            health.is_refused |= isinstance(error, CredentialsError)
+            failures, pause = {"": str(error)}, error.retry_after
+        self._note(trigger, failures)
+        delay = min(interval, backoff(before)) if failures else interval
+        if "" in failures and not self._once:
+            # No event shortens this pause: a server in trouble is not asked at their pace.
+            self.shutdown.wait(max(interval if health.is_refused else delay, pause))
+            return 0.0
+        return 0.0 if self._triage.has_more and "" not in failures else delay
 
     def _wait(self, delay: float) -> str:
         """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
-        that arrives in it is one cycle; the window does not slide, so that no steady stream of
-        events can put the cycle off, and ends when the timer does. Signals that came while a cycle
-        ran open one at once."""
+        that arrives in it is one cycle. It does not slide, so that no steady stream of events can
+        put the cycle off, and ends when the timer does."""
         due = time.monotonic() + delay
-        while not self.shutdown.is_set() and (left := due - time.monotonic()) > 0:
-            try:
-                self._queue.get(timeout=left)
-            except queue.Empty:
-                break
+        with suppress(gevent.queue.Empty):
+            self._queue.get(timeout=delay)
+            left = max(0.0, due - time.monotonic())
             self.shutdown.wait(min(self._settings.debounce_seconds, left))
-            drain_queue(self._queue)
-            if not self.shutdown.is_set() and self._seen.has_news(self._client.account_id):
-                return "push"
+            return "push"
         return "scheduled" if self.health.stream.status == "connected" else "fallback"
 
-    def _cycle(self, trigger: str) -> float:
-        """Run one cycle; the seconds until the next one is due at the latest. Raises
-        ConfigurationError as long as none has succeeded."""
-        late = MailroomError(f"the cycle was not done after {CYCLE_DEADLINE:g} seconds")
-        try:
-            with gevent.Timeout(CYCLE_DEADLINE, late):
-                failed = self._triage.run()
-        except ShuttingDown:
-            return 0.0
-        except MailroomError as error:
-            if isinstance(error, ConfigurationError) and self.health.last_success is None:
-                raise
-            # Nothing is taken for granted: neither what was read, nor for long the session.
-            again = self.health.consecutive_failures > 0
-            self._client.stale |= again or error.answered
-            self._seen.begin()
-            return self._after(trigger, "failure", {"": str(error)}, error.retry_after)
-        self._listen()
-        return self._after(trigger, "sender_failures" if failed else "success", failed)
-
-    def _after(
-        self, trigger: str, result: str, failures: Mapping[str, str], retry_after: float = 0.0
-    ) -> float:
-        """Note how a cycle ended, say what is news about it, and when the next one is due.
-        `failures`: {sender, or nothing for the whole cycle: why}."""
-        before = self.health.consecutive_failures
-        self.health.note_cycle(trigger, result)
-        self.health.counts["sender_failures_total"] += len(failures.keys() - {""})
-        # The same cause with another count of bytes or seconds in it is no news.
-        causes = {sender: re.sub("[0-9]+", "0", reason) for sender, reason in failures.items()}
-        for sender, reason in failures.items():
-            if self._told.get(sender) != causes[sender]:
-                text = "sender not triaged, the label stays" if sender else "cycle failed"
-                LOG.error(text, extra=fields(**{"sender": sender} if sender else {}, cause=reason))
-        self._told = causes
-        if before and not failures:
-            LOG.info("recovered", extra=fields(failed_cycles=before))
-        LOG.debug("cycle done", extra=fields(trigger=trigger, result=result))
-        interval = self._settings.poll_interval
-        if not failures or self._once:
-            return interval
-        # No event shortens this pause: a server in trouble is not asked at the pace of its events.
-        pause = min(interval, max(retry_after, FIRST_DELAY))
-        self.shutdown.wait(pause)
-        return max(0.0, min(interval, max(retry_after, backoff(before))) - pause)
+    def _note(self, trigger: str, failures: Mapping[str, str]) -> None:
+        """Note how a cycle has ended, and log what failed: once, and once an hour while it lasts,
+        and when it is over. The same cause with another count in it is no news."""
+        health, samples, now = self.health, self.health.samples, time.monotonic()
+        result = "failure" if "" in failures else "sender_failures" if failures else "success"
+        samples[CYCLES.format(trigger, result)] += 1
+        samples["sender_failures_total"] += len(failures.keys() - {""})
+        health.last_error = self._settings.redact("; ".join(failures.values()), MAX_SHOWN)
+        if "" not in failures:
+            health.last_success, health.last_trigger = now, trigger
+            samples["last_success_timestamp_seconds"] = int(time.time())
+        for sender, cause in failures.items():
+            key = (sender, re.sub(r"https?://\S+|[0-9]+", "0", cause))
+            if now >= self._silent_until.get(key, 0.0):
+                self._silent_until[key] = now + SAY_AGAIN_SECONDS
+                event = "sender not triaged, the label stays" if sender else "cycle failed"
+                LOG.error(event, extra=fields(**{"sender": sender} if sender else {}, cause=cause))
+        if not failures:
+            if health.consecutive_failures:
+                LOG.info("recovered", extra=fields(failed_cycles=health.consecutive_failures))
+            self._silent_until.clear()
+        health.consecutive_failures = health.consecutive_failures + 1 if failures else 0
+        LOG.debug("cycle done", extra=fields(trigger=trigger, failures=len(failures)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Rules for mail to come
-# ------------------------------------------------------------------------------------------------
+# Setup: what the account has and lacks, making that, and the rules for messages to come ###########
 
-# By its first line Mailroom knows a Sieve script as its own.
-SIEVE_MARKER = "# Made by Mailroom: `setup --apply --sieve` writes this script anew."
-SIEVE_NEEDS = ("fileinto", "copy", "vnd.cyrus.jmapquery")
-# What asks Cyrus and Fastmail for the senders in a group of contacts, given the group's uid; the
-# other name is that of servers from before RFC 9610 (Cyrus 3.6).
-OLD_CYRUS_SIEVE = "https://cyrusimap.org/ns/jmap/sieve"
-GROUP_FILTER, OLD_GROUP_FILTER = "fromContactCardUid", "fromContactGroupId"
+PROGRAM = "python mailroom.py"
 
 
-class Route(NamedTuple):
-    """Mails from the contacts in a group go to a mailbox, and out of the Inbox but for the
-    contacts who are in one of the groups `stay` too."""
-
-    group: str
-    mailbox: str
-    stay: tuple[str, ...]
+def print_line(settings: MailroomSettings, text: str) -> None:
+    """Print a line for a person, without secrets and without commands to the terminal."""
+    print(one_line(settings.redact(text)), flush=True)
 
 
-def routes(categories: Sequence[Category]) -> list[Route]:
-    """A route for each category. All routes that fit a mail apply, and any of them takes it out of
-    the Inbox, so that the mail goes where triage puts one from the Screener.
+def needs_in_lines(settings: MailroomSettings, account: Account) -> Iterator[str]:
+    """Yield a line for each thing that the account needs, what is missing first."""
+    if not account.inbox:
+        yield "missing  a mailbox with the role of the Inbox"
+    for need in sorted(needs_of(settings), key=lambda each: each not in account.missing):
+        state, near = "missing" if need in account.missing else "there  ", account.missing.get(need)
+        hint = f': there is "{near}", rename it' if near else ""
+        yield f'{state}  {need[0]} "{need[1]}"{hint}'
+    roles = {each.id: each.role for each in account.mailboxes}
+    for name, box in account.destinations.items():
+        if roles[box] in ("trash", "junk", "archive"):
+            yield f"note: undo and reset take messages of {name} out of the {roles[box]}"
 
-    Where categories share a group nobody can tell their senders apart: the mails go to the
-    mailboxes of all of them, and stay in the Inbox if they do for one of them.
-    """
 
-    def groups(category: Category) -> list[str]:
-        family = [category, *ancestors(category, categories)]
-        return [each.contact_group for each in family]
+def make_missing(
+    client: JMAPClient, contacts: ContactStore, account: Account, cards: Iterable[Card]
+) -> Iterator[str]:
+    """Make what the account lacks, unless it has a near name; yield a line for each thing."""
 
-    inboxed = [each for each in categories if each.add_to_inbox]
-    found = []
+    def lines(needs: Mapping[str, tuple[str, str]], refused: Mapping[str, str]) -> Iterator[str]:
+        for key, (kind, name) in needs.items():
+            why = f": {refused[key]}" if key in refused else ""
+            yield f'{"refused" if why else "made   "}  {kind} "{name}"{why}'
+
+    lacking = [need for need, near in account.missing.items() if not near]
+    groups = [need for need in lacking if need[0] == "contact group"]
+    boxes = {f"m{n}": need for n, need in enumerate(need for need in lacking if need not in groups)}
+    ids = {each.path: each.id for each in account.mailboxes}
+    refused, create = dict[str, str](), dict[str, JSON]()
+    for key, (_, path) in boxes.items():
+        above, _, name = path.rpartition("/")
+        if above and above not in ids:
+            refused[key] = f'there is no mailbox "{above}"'
+        else:
+            create[key] = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
+    for part in batched(create.items(), client.limits["maxObjectsInSet"]):
+        refused |= set_errors(client.call("Mailbox/set", {"create": dict(part)}))
+    yield from lines(boxes, refused)
+    uids = {own_uid(f"group:{need[1]}", cards): need for need in groups}
+    new = {uid: CardChange(uid=uid, kind="group", name=need[1]) for uid, need in uids.items()}
+    yield from lines(uids, contacts.apply(new))
+
+
+def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list[JSON]:
+    """Return the rules for Fastmail's import: one for each category, a second one for a category
+    some of whose senders stay in the Inbox, and last that for strangers. All rules that fit a
+    message apply, and any of them takes it out of the Inbox, so that it goes where triage puts one
+    from the Screener. Where categories share a group nobody can tell their senders apart: the
+    messages go to the mailboxes of all of them, and stay in the Inbox if they do for one of them.
+    `paths`: {mailbox's name: its path}."""
+    categories, now = settings.triage_categories, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    off = ("markRead", "markFlagged", "showNotification", "discard", "markSpam", "stop")
+    none = ("conditions", "redirectTo", "snoozeUntil", "previousFileInName")
+
+    def rule(name: str, search: str, box: str | None, skip: bool) -> JSON:
+        """Return a rule as it is in Fastmail's export; the rules that follow it apply too."""
+        about = {"name": f"Mailroom: {name}", "combinator": "all", "created": now, "updated": now}
+        does: JSON = {"search": search, "fileIn": box and paths.get(box, box), "skipInbox": skip}
+        return {**about, **does, **dict.fromkeys(off, False), **dict.fromkeys(none)}
+
+    def fromin(group: str) -> str:
+        return f"fromin:{json.dumps(group, ensure_ascii=False)}"
+
+    staying: dict[str, set[str]] = defaultdict(set)
+    for one in categories:
+        for each in [one, *ancestors(one, categories)] if one.add_to_inbox else []:
+            staying[each.contact_group].add(one.contact_group)
+    rules = []
     for each in categories:
-        stay = (one.contact_group for one in inboxed if each.contact_group in groups(one))
-        route = Route(each.contact_group, each.destination_mailbox, tuple(dict.fromkeys(stay)))
-        found.append(route)
-    return found
-
-
-def quoted(text: str) -> str:
-    """A string of Sieve (RFC 5228 section 2.4.2) or of a Fastmail search."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-
-
-def fastmail_rule(name: str, search: str, mailbox: str | None, skip_inbox: bool, now: str) -> JSON:
-    """A rule as it is in Fastmail's export; the rules that follow it apply too."""
-    return {
-        "name": f"Mailroom: {name}",
-        "combinator": "all",
-        "conditions": None,
-        "search": search,
-        "markRead": False,
-        "markFlagged": False,
-        "showNotification": False,
-        "redirectTo": None,
-        "fileIn": mailbox,
-        "skipInbox": skip_inbox,
-        "snoozeUntil": None,
-        "discard": False,
-        "markSpam": False,
-        "stop": False,
-        "previousFileInName": None,
-        "created": now,
-        "updated": now,
-    }
-
-
-def fastmail_rules(
-    settings: MailroomSettings, now: str, paths: Mapping[str, str] | None = None
-) -> list[JSON]:
-    """The rules file for Fastmail's import: a rule for each category, a second one for a category
-    some of whose senders stay in the Inbox, and last that for strangers. A mail without a sender,
-    or from an address of the user's that is in no contact, is a stranger's.
-
-    `now`: a UTCDate; `paths`: {mailbox name: its path}, such as `Inbox/Screener`, of nested ones.
-    """
-    paths, rules = paths or {}, []
-    for route in routes(settings.triage_categories):
-        mailbox, members = paths.get(route.mailbox, route.mailbox), f"fromin:{quoted(route.group)}"
-        rules.append(fastmail_rule(route.group, members, mailbox, not route.stay, now))
-        if route.stay and route.group not in route.stay:
-            search = " NOT ".join([members, *(f"fromin:{quoted(group)}" for group in route.stay)])
-            rules.append(fastmail_rule(f"{route.group}, no Inbox", search, None, True, now))
-    screener = paths.get(settings.screener_mailbox, settings.screener_mailbox)
-    strangers = fastmail_rule("strangers", "NOT fromin:contacts", screener, True, now)
-    return [*rules, strangers]
-
-
-def jmapquery(condition: JSON) -> str:
-    """A Sieve test by a filter of Email/query."""
-    return f"jmapquery {quoted(json.dumps(condition))}"
-
-
-def any_test(tests: Sequence[str]) -> str:
-    """A Sieve test that is true if one of these is."""
-    return tests[0] if len(tests) == 1 else "anyof (" + ",\n  ".join(tests) + ")"
-
-
-def all_test(*tests: str) -> str:
-    """A Sieve test that is true if all of these are."""
-    return "allof (" + ",\n  ".join(tests) + ")"
-
-
-def in_group(uid: str, group_filter: str) -> str:
-    """The Sieve test whether the sender is in a group. A server may know the group by its uid with
-    or without `urn:uuid:`, and takes the other for a group that has no members."""
-    uids = dict.fromkeys([uid, uid.removeprefix("urn:uuid:")])
-    return any_test([jmapquery({group_filter: each}) for each in uids])
-
-
-class Filing(NamedTuple):
-    """A Sieve command that files the mails for which a test holds."""
-
-    title: str
-    test: str
-    mailbox: str
-    keeps_inbox: bool = False
-
-    def command(self, by_id: Mapping[str, str]) -> str:
-        """The command. It goes by the mailbox's id (RFC 9042) if that is given, and by its name for
-        when there is no such id any longer."""
-        tags = [":copy"] if self.keeps_inbox else []
-        tags += [":mailboxid", quoted(by_id[self.mailbox])] if self.mailbox in by_id else []
-        action = " ".join(["fileinto", *tags, quoted(self.mailbox)])
-        return f"# {self.title}\nif {self.test} {{\n  {action};\n}}"
-
-
-def route_filings(route: Route, members: Mapping[str, str]) -> list[Filing]:
-    """A route in Sieve. `members`: {group: the test whether the sender is in it}."""
-    if route.group not in members:
-        return []
-    test, stay = members[route.group], [members[name] for name in route.stay if name in members]
-    if not stay or route.group in route.stay:
-        return [Filing(route.group, test, route.mailbox, bool(stay))]
-    return [
-        Filing(f"{route.group}, and Inbox", all_test(test, any_test(stay)), route.mailbox, True),
-        Filing(route.group, all_test(test, f"not {any_test(stay)}"), route.mailbox),
-    ]
-
-
-def strangers_filing(screener: str, has_lists: bool) -> Filing:
-    """What files the mails of senders in no contact. It is negated within the filter: if the server
-    cannot carry that out, mails stay in the Inbox. Without a search index Cyrus 3.6 misses contacts
-    by the filter, and finds those of the first address book by the list (RFC 6134)."""
-    test = jmapquery({"operator": "NOT", "conditions": [{"fromAnyContact": True}]})
-    if has_lists:
-        test = all_test(test, 'not address :list "from" ":addrbook:default"')
-    return Filing("Strangers", test, screener)
-
-
-def sieve_script(
-    settings: MailroomSettings,
-    groups: Mapping[str, str],
-    mailbox_ids: Mapping[str, str],
-    offered: Collection[str],
-    group_filter: str = GROUP_FILTER,
-) -> str:
-    """A Sieve script (RFC 5228) that does what the Fastmail rules do. Lines end with LF.
-
-    `groups`: {name: uid}; a category whose group is not there is left out. `mailbox_ids`:
-    {name: id}. `offered`: the server's Sieve extensions, or nothing where they are not known.
-    Raises ConfigurationError where the server's Sieve cannot do it.
-    """
-    if missing := set(SIEVE_NEEDS) - set(offered or SIEVE_NEEDS):
-        named = ", ".join(sorted(missing))
-        raise ConfigurationError(f"the server's Sieve cannot tell groups of contacts: no {named}")
-    by_id = mailbox_ids if not offered or "mailboxid" in offered else {}
-    extensions = [*SIEVE_NEEDS, *(["mailboxid"] if by_id else [])]
-    extensions += {"extlists"} & set(offered)
-    members = {name: in_group(uid, group_filter) for name, uid in groups.items()}
-    filings: list[Filing] = []
-    for route in routes(settings.triage_categories):
-        filings += route_filings(route, members)
-    filings.append(strangers_filing(settings.screener_mailbox, "extlists" in offered))
-    # Cyrus keeps a mail in the Inbox if the last filing into a mailbox does.
-    filings.sort(key=lambda filing: not filing.keeps_inbox)
-    required = f"require [{', '.join(map(quoted, extensions))}];"
-    return "\n\n".join([SIEVE_MARKER, required, *(each.command(by_id) for each in filings)]) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------
-# What a person reads
-# ------------------------------------------------------------------------------------------------
-
-WIDTH, MAX_CELL = 80, 32
-GREEN, YELLOW, RED = "\x1b[32m", "\x1b[33m", "\x1b[31m"
-COLOURS = {"there": GREEN, "made": GREEN, "missing": YELLOW, "refused": RED, "problem": RED}
-
-
-class Console:
-    """Standard output, for a person. There is colour on a terminal only, and never with NO_COLOR
-    (no-color.org); no text can command the terminal, and no secret gets through."""
-
-    def __init__(self, settings: MailroomSettings) -> None:
-        self._redact = settings.redact
-        self._is_watched = sys.stdout.isatty()
-        self._has_colour = self._is_watched and not os.environ.get("NO_COLOR")
-
-    def say(self, text: str = "", meaning: str = "") -> None:
-        """Print lines of text, in the colour of their meaning."""
-        shown = "\n".join(CONTROLS.sub(" ", self._redact(line)) for line in text.split("\n"))
-        colour = COLOURS.get(meaning) if self._has_colour else ""
-        print(f"{colour}{shown}\x1b[0m" if colour else shown, flush=True)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """Print how far long work has come: on one line where a person watches."""
-        text = f"{done:,} of {total:,} {what}"
-        if self._is_watched:
-            print(f"\r\x1b[K{text}", end="" if done < total else "\n", flush=True)
-        else:
-            print(text, flush=True)
-
-
-def cut(text: str, most: int) -> str:
-    """The text, or so much of it that it has at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def table(rows: Iterable[Sequence[str]], indent: str = "") -> list[str]:
-    """Rows of cells as lines with aligned columns, none longer than WIDTH. The last cell gets what
-    the others leave it."""
-    kept = [
-        [*(cut(CONTROLS.sub(" ", cell), MAX_CELL) for cell in row), CONTROLS.sub(" ", last)]
-        for *row, last in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*kept, strict=True)]
-    lines = (indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in kept)
-    return [cut(line, WIDTH) for line in lines]
-
-
-# ------------------------------------------------------------------------------------------------
-# Setup: what the account has, what it lacks, and making that
-# ------------------------------------------------------------------------------------------------
-
-SIEVE_NAME = "mailroom"
-SIEVE_TYPE = "application/sieve"
-NO_SIEVE = (
-    "the server offers no JMAP Sieve: put what `setup --sieve` prints in where the server has its "
-    "rules"
-)
-NOT_OURS = (
-    "was not made by Mailroom and stays: put what `setup --sieve` prints into it, or deactivate it"
-)
-
-
-def session_facts(client: JMAPClient, settings: MailroomSettings) -> dict[str, str]:
-    """What the session offers, in words."""
-    account, limits = client.account(MAIL), client.limits
-    rights = (account.get("accountCapabilities") or {}).get(MAIL) or {}
-    may_write = [
-        name
-        for name, capability in (("mail", MAIL), ("contacts", CONTACTS))
-        if client.account(capability) and not client.account(capability).get("isReadOnly")
-    ]
-    token = f"may write {' and '.join(may_write) or 'nothing'}"
-    if rights.get("mayCreateTopLevelMailbox") is False:
-        token += ", but make no mailboxes"
-    contacts = "over JMAP"
-    if settings.carddav_username:
-        contacts = f"over CardDAV, {settings.carddav_url} as {settings.carddav_username}"
-    return {
-        "account": f"{account.get('name') or account['id']}, {client.session_url}",
-        "token": token,
-        "contacts": contacts,
-        "push": "yes" if client.event_source_url else "no: polling",
-        "Sieve": "over JMAP" if client.account(SIEVE) else "not over JMAP",
-        "limits": f"{limits['maxObjectsInGet']:,} objects a get, {limits['maxObjectsInSet']:,} "
-        f"a set; {limits['maxCallsInRequest']} calls, {limits['maxSizeRequest'] // 1000:,} kB",
-    }
-
-
-def setup_item(need: Need, missing: Collection[Need], tried: Mapping[Need, str]) -> dict[str, str]:
-    """What is told of a need, given what the account lacks and what became of the tries. Its state
-    is there, missing, made or refused; the purpose of what is refused is the reason."""
-    reason = tried.get(need, "")
-    state = "missing" if need in missing else "there"
-    if need in tried:
-        state = "refused" if reason else "made"
-    purpose = reason or need.purpose
-    return {"state": state, "kind": need.kind, "name": need.name, "purpose": purpose}
-
-
-# {state: (exit status, what to do next)}, the worst first
-VERDICTS = {
-    "refused": (1, "could not be made. Mend that and run it again: it makes the rest."),
-    "missing": (0, "to make. Nothing has been changed: `setup --apply` makes them."),
-    "made": (0, "made. Now put the rules in, and start Mailroom."),
-}
-
-
-def setup_verdict(states: Counter[str], problems: Collection[str]) -> tuple[int, str]:
-    """(exit status, what to do next)"""
-    if problems:
-        return 2, "Mailroom cannot work like that. Nothing has been changed."
-    for state, (status, verdict) in VERDICTS.items():
-        if states[state]:
-            return status, f"{number(states[state], 'thing')} {verdict}"
-    return 0, "There is nothing to do."
-
-
-def rule_rows(settings: MailroomSettings) -> dict[str, str]:
-    """{of whom: where to} of the rules that the account has to have."""
-    ways: dict[str, list[str]] = defaultdict(list)
-    for each in settings.triage_categories:
-        inbox = "keep it in the Inbox" if each.add_to_inbox else "skip the Inbox"
-        ways[f"in the group {each.contact_group}"].append(f"{each.destination_mailbox}, {inbox}")
-    ways["in no contact"].append(f"{settings.screener_mailbox}, skip the Inbox")
-    return {whom: "; ".join(where) for whom, where in ways.items()}
-
-
-def mailbox_paths(raws: Iterable[JSON]) -> dict[str, str]:
-    """{id: path} of mailboxes, the names joined by slashes."""
-    boxes = {raw["id"]: raw for raw in raws}
-
-    def path(id_: str, below: tuple[str, ...] = ()) -> str:
-        above, name = str(boxes[id_].get("parentId")), str(boxes[id_]["name"])
-        if above not in boxes or above in below:
-            return name
-        return f"{path(above, (*below, id_))}/{name}"
-
-    return {id_: path(id_) for id_ in boxes}
-
-
-class Setup:
-    """The looking and the making of a setup. `ids` are the mailboxes' by their names, `cards` the
-    contact groups, `problems` a line for each reason why Mailroom cannot work in the account."""
-
-    def __init__(self, settings: MailroomSettings) -> None:
-        self._settings = settings
-        self._client, self._contacts = new_clients(settings)
-        self.boxes, self.groups = needed_mailboxes(settings), needed_groups(settings)
-        self.ids: dict[str, str] = {}
-        self.cards: list[Card] = []
-        self.problems: list[str] = []
-
-    def look(self) -> dict[str, str]:
-        """Read the account; what its session offers. Raises ConfigurationError where there is
-        nothing to read, ServerError."""
-        self._client.connect()
-        for check in (self._client.check_writable, self._contacts.prepare, self.read):
-            try:
-                check()
-            except ConfigurationError as error:
-                self.problems += error.problems
-        return session_facts(self._client, self._settings)
-
-    def read(self) -> None:
-        """Read what may be missing; the mailboxes even where there is no access to contacts."""
-        if self.problems:
-            self.ids = ids_by_name(self._client.find(MAILBOXES))
-        else:
-            self.ids, self.cards = read_account(self._client, self._contacts)
-        check_inbox(self.ids)
-
-    def lacking(self) -> list[Need]:
-        """What the account lacks."""
-        return lacking(self.boxes, self.ids) + lacking(self.groups, groups_by_name(self.cards))
-
-    def make(self, needs: Iterable[Need]) -> dict[Need, str]:
-        """Make what is missing; {need: empty where it was made, or why it was not}."""
-        boxes = [need for need in needs if need in self.boxes]
-        groups = [need for need in needs if need in self.groups]
-        tried: dict[Need, str] = {}
-        for some, make in ((boxes, self._make_mailboxes), (groups, self._make_groups)):
-            try:
-                refused = make([need.name for need in some])
-            except ServerError as error:
-                refused = dict.fromkeys((need.name for need in some), str(error))
-            tried |= {need: refused.get(need.name, "") for need in some}
-        return tried
-
-    def _make_mailboxes(self, names: Sequence[str]) -> dict[str, str]:
-        """Make mailboxes at the top, which mail apps show; {name: why it was refused}."""
-        entries = {f"m{n}": {"name": name, "isSubscribed": True} for n, name in enumerate(names)}
-        parts = self._client.portions(entries)
-        errors: dict[str, JSON] = {}
-        for [answer] in self._client.send([[("Mailbox/set", {"create": part})] for part in parts]):
-            errors |= set_errors(expect(answer))
-        keys = dict(zip(names, entries, strict=True))
-        return {name: error_text(errors[key]) for name, key in keys.items() if key in errors}
-
-    def _make_groups(self, names: Sequence[str]) -> dict[str, str]:
-        """Make contact groups; {name: why it was refused}."""
-        names_of = {uid: name for name, uid in self._group_uids().items() if name in names}
-        changes = [CardChange(uid, kind="group", name=name) for uid, name in names_of.items()]
-        return {names_of[uid]: why for uid, why in self._contacts.apply(changes).items()}
-
-    def _group_uids(self) -> dict[str, str]:
-        """{name: uid} of the groups that there are, and will be."""
-        taken = {card.uid for card in self.cards}
-        there = {name: group.uid for name, group in groups_by_name(self.cards).items()}
-        return {need.name: group_uid(need.name, taken) for need in self.groups} | there
-
-    def write_fastmail_rules(self, file: str) -> str:
-        """Write the rules for Fastmail's import; what to do with them. Raises ConfigurationError,
-        ServerError."""
-        tree = Query("Mailbox", None, ("id", "name", "parentId"), lambda raw: raw)
-        found = self._client.find(tree)
-        with understood("Mailbox/get"):
-            paths = mailbox_paths(found)
-        named = {name: paths.get(id_, name) for name, id_ in self.ids.items()}
-        rules = fastmail_rules(self._settings, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", named)
-        try:
-            with open(file, "w", encoding="utf-8") as opened:
-                json.dump(rules, opened, indent=2)
-        except OSError as error:
-            raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
-        return f"{file}: import it at Fastmail, in Settings - Filters & Rules."
-
-    def sieve_script(self) -> str:
-        """The Sieve script for this account. Raises ConfigurationError where the server's Sieve
-        cannot do it."""
-        details = (self._client.account(SIEVE).get("accountCapabilities") or {}).get(SIEVE) or {}
-        offered, there = details.get("sieveExtensions") or (), self._client.session_capabilities
-        is_old = OLD_CYRUS_SIEVE in there and CONTACTS not in there
-        group_filter = OLD_GROUP_FILTER if is_old else GROUP_FILTER
-        return sieve_script(self._settings, self._group_uids(), self.ids, offered, group_filter)
-
-    def install_sieve(self) -> str:
-        """Install and activate the script (RFC 9661), unless there is one that Mailroom has not
-        written; what was done. Raises ConfigurationError, ServerError."""
-        if not self._client.account(SIEVE):
-            raise ConfigurationError(NO_SIEVE)
-        self.read()
-        script = self.sieve_script().replace("\n", "\r\n").encode()
-        there, own = self._client.call("SieveScript/get", {"ids": None}), None
-        with understood("SieveScript/get"):
-            for each in there["list"]:
-                if not (each["isActive"] or each["name"] == SIEVE_NAME):
-                    continue
-                text = self._client.download(SIEVE, each["blobId"], SIEVE_TYPE)
-                if not text.startswith(SIEVE_MARKER.encode()):
-                    raise ConfigurationError(f"the Sieve script {each['name']!r} {NOT_OURS}")
-                if each["isActive"] and text == script:
-                    return "The Sieve script is there and active."
-                own = each["id"]
-            self._write_sieve(script, own, there["state"])
-        return "The Sieve script is installed and active."
-
-    def _write_sieve(self, script: bytes, own: str | None, state: str) -> None:
-        """Write the script in place of Mailroom's own, given by its id, or as a new one; unless any
-        other has changed since that state. Raises ServerError."""
-        blob = {"blobId": self._client.upload(SIEVE, script, SIEVE_TYPE)}
-        write: JSON = {"create": {"new": {"name": SIEVE_NAME, **blob}}}
-        if own:
-            write = {"update": {own: blob}}
-        arguments = {"ifInState": state, **write, "onSuccessActivateScript": own or "#new"}
-        calls: list[Call] = [("SieveScript/set", arguments), ("SieveScript/get", {"ids": None})]
-        [[answer, now]] = self._client.send([calls])
-        done = expect(answer)
-        for error in set_errors(done).values():
-            raise ServerError(f"the server does not take the Sieve script: {error_text(error)}")
-        id_ = own or done["created"]["new"]["id"]
-        if not any(each["isActive"] and each["id"] == id_ for each in expect(now)["list"]):
-            raise ServerError("the server has taken the Sieve script, but has not activated it")
+        group, stay = each.contact_group, staying[each.contact_group]
+        rules.append(rule(group, fromin(group), each.destination_mailbox, not stay))
+        if stay and group not in stay:
+            search = " NOT ".join(map(fromin, [group, *sorted(stay)]))
+            rules.append(rule(f"{group}, no Inbox", search, None, True))
+    return [*rules, rule("strangers", "NOT fromin:contacts", settings.screener_mailbox, True)]
 
 
 def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
-    """The command: look at the account, make with `--apply` what is missing, and tell of it; the
-    exit status. Raises MailroomError."""
-    prints_script = options.sieve and not options.apply
-    if prints_script and (options.json or options.fastmail_rules):
-        raise ConfigurationError("--sieve prints the script, and nothing else: give it alone")
-    work = Setup(settings)
-    facts = work.look()
-    if prints_script:
-        if work.problems:
-            raise ConfigurationError(*work.problems)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # RFC 5228 section 2.1
-            sys.stdout.reconfigure(encoding="utf-8")
-        print(work.sieve_script(), end="")
+    """The command: show what the account has and lacks, and make it with `--apply`; the exit
+    status, 1 while something is missing. Raises MailroomError."""
+    file = options.fastmail_rules
+    if file == "-" and options.apply:
+        raise ConfigurationError("--fastmail-rules - prints the rules alone: leave out --apply")
+    client, contacts = new_clients(settings)
+    account, cards = read_account(settings, client, contacts)
+    # Of several mailboxes with one name the first is meant.
+    paths = {each.name: each.path for each in reversed(account.mailboxes)}
+    rules = json.dumps(fastmail_rules(settings, paths), indent=2) + "\n"
+    if file == "-":
+        print(rules, end="", flush=True)
         return 0
-    needs = work.lacking()
-    tried = work.make(needs) if options.apply and not work.problems else {}
-    tried = {need: settings.shown(reason) for need, reason in tried.items()}
-    items = [setup_item(need, needs, tried) for need in (*work.boxes, *work.groups)]
-    status, verdict = setup_verdict(Counter(item["state"] for item in items), work.problems)
-    told = [*work.problems, verdict]
-    try:
-        if options.fastmail_rules:
-            told.append(work.write_fastmail_rules(options.fastmail_rules))
-        if options.sieve and status == 0:
-            told.append(work.install_sieve())
-    except MailroomError as error:  # What has been made is told all the same.
-        status = status or 1
-        told.append(str(error))
-    console = Console(settings)
-    told = [settings.shown(text) for text in told]
-    plan = {"account": facts, "items": items, "rules": rule_rows(settings), "told": told}
-    if options.json:
-        console.say(json.dumps(plan, indent=2))
-    else:
-        show_setup(console, plan)
-    return status
+    pushes = "yes" if client.event_source_url else "no, so it is polled"
+    print_line(settings, f"{client.session_url}; push: {pushes}")
+    for line in needs_in_lines(settings, account):
+        print_line(settings, line)
+    left = len(account.missing) + (not account.inbox)
+    verdict = "Nothing has been changed" if left else "There is nothing to do"
+    if left and options.apply:
+        options.begun = True
+        for line in make_missing(client, contacts, account, cards):
+            print_line(settings, line)
+            left -= line.startswith("made")
+        verdict = "Not all of it could be made" if left else "All is there"
+    if file:
+        try:
+            with open(file, "x", encoding="utf-8") as opened:
+                opened.write(rules)
+        except OSError as error:  # It may be there already, and not be ours.
+            raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
+        print_line(settings, f"{file}: import it in Settings - Filters & Rules, once.")
+    print_line(settings, f"{verdict}. Next: {PROGRAM}{' setup --apply' if left else ''}")
+    return 1 if left else 0
 
 
-def show_setup(console: Console, plan: JSON) -> None:
-    """Print what there is, what the rules have to do, and what is to be done."""
-    items = plan["items"]
-    console.say("\n".join(table(plan["account"].items())) + "\n")
-    for line, item in zip(table([*each.values()] for each in items), items, strict=True):
-        console.say(line, item["state"])
-    console.say("\nRules for the mail to come, where the sender is")
-    console.say("\n".join(table(plan["rules"].items(), indent="  ")) + "\n")
-    for item in items:
-        if item["state"] == "refused":  # In full: the table may cut it short.
-            console.say("{kind} {name}: {purpose}".format(**item), "refused")
-    console.say("\n".join(plan["told"]))
+# Reset: Mailroom taken back out of the account ####################################################
 
 
-# ------------------------------------------------------------------------------------------------
-# Reset: Mailroom taken back out of the account
-# ------------------------------------------------------------------------------------------------
-
-CARDS_AT_ONCE = 100
-
-
-@dataclass(frozen=True)
-class ResetPlan:
-    """All that a reset does, in this order: so that mail to come is routed as before Mailroom, and
-    what tells a contact as Mailroom's own is there as long as it is asked for. `kept`: contacts
-    that Mailroom made and somebody touched."""
-
-    groups: tuple[CardChange, ...]
-    contacts: tuple[CardChange, ...]
-    mails: Mapping[str, MailPatch]
-    kept: tuple[Card, ...]
+def plan_reset(cards: Collection[Card], account: Account) -> CardChanges:
+    """Return the changes of cards that undo all triage: groups that Mailroom made go, the user's
+    with such names are emptied, and contacts go (see `Account.deletions`)."""
+    changes: CardChanges = {}
+    for card in cards:
+        members = frozenset(card.members)
+        if card.group_name in account.own_names and (card.is_untouched or members):
+            changes[card.ref] = CardChange(card, remove=members, deletes=card.is_untouched)
+    return changes | account.deletions([c for c in cards if not c.is_group], cards)
 
 
-def reset_patch(mail: Mail, boxes: Boxes) -> MailPatch:
-    """The patch that takes a mail out of all that is Mailroom's; back into the Screener if it was
-    in a destination, or would be nowhere."""
-    destinations = boxes.managed - {boxes.screener}
-    gone = {*destinations, *boxes.labels, boxes.error, *left_by_triage(mail, boxes)}
-    goes_back = mail.mailboxes & destinations or mail.mailboxes <= gone
-    return mail_patch(mail, [boxes.screener] if goes_back else [], gone)
-
-
-def plan_reset(
-    cards: Collection[Card],
-    mails: Collection[Mail],
-    names: Mapping[str, Collection[str]],
-    rules: Rules,
-    boxes: Boxes,
-    untouched: Collection[str],
-) -> ResetPlan:
-    """What a reset does, given all cards, the mails in a mailbox or under a label of Mailroom's and
-    the names that the senders have given. `untouched`: see `as_made`."""
-    groups = [
-        CardChange(
-            card.uid, card, remove=card.members, destroy=card.ref in untouched and not card.notes
-        )
-        for card in cards
-        if rules.is_own(card)
-    ]
-    contacts = [card for card in cards if not card.is_group]
-    noted = [
-        card for card in contacts if any(clean_note(text) != text for text in card.notes.values())
-    ]
-    gone = as_made(noted, names, rules.foreign_groups(cards), untouched)
-    return ResetPlan(
-        groups=tuple(change for change in groups if change.destroy or change.remove),
-        contacts=tuple(take_back(card, gone) for card in noted),
-        mails={mail.id: patch for mail in mails if (patch := reset_patch(mail, boxes))},
-        kept=tuple(
-            card
-            for card in contacts
-            if card.ref not in gone and (CREATED_NOTE in card.note_lines or has_own_uid(card))
-        ),
-    )
-
-
-class Reset:
-    """The reading and the doing of a reset."""
-
-    def __init__(self, settings: MailroomSettings, console: Console) -> None:
-        self._settings = settings
-        self._console = console
-        self._client, self._contacts = new_clients(settings)
-
-    def plan(self) -> ResetPlan:
-        """Look at the account. Raises ConfigurationError, ServerError."""
-        self._client.connect()
-        self._client.check_writable()
-        self._contacts.prepare()
-        ids, cards = read_account(self._client, self._contacts, None)
-        boxes = boxes_there(ids, self._settings)
-        check_complete(lacking(needed_mailboxes(self._settings)[:1], ids))  # the Screener
-        own = {*boxes.managed, *boxes.labels, boxes.error, boxes.warning} - {boxes.screener, ""}
-        query = Query("Email", in_any(own), MAIL_PROPERTIES, parse_mail)
-        mails = self._client.find(query) if own else []
-        rules = rules_of(self._settings)
-        made = [card for card in cards if was_made(card) and (rules.is_own(card) or card.emails)]
-        untouched = self._contacts.untouched(made)
-        contacts = [card for card in made if card.ref in untouched and not card.is_group]
-        names = names_told(self._client, contacts, mails)
-        return plan_reset(cards, mails, names, rules, boxes, untouched)
-
-    def carry_out(self, plan: ResetPlan) -> list[str]:
-        """Carry out a plan; a line for each thing that was refused. Raises ServerError."""
-        refused = self._change_cards(plan.groups, "groups")
-        stuck = {uid for each in plan.groups if each.uid in refused for uid in each.remove}
-        going = [change for change in plan.contacts if change.uid not in stuck]
-        refused |= self._change_cards(going, "contacts")
-        refused |= self._file(plan.mails)
-        names = {
-            each.uid: f'{"group" if each.card.is_group else "contact"} "{each.card.name}"'
-            for each in (*plan.groups, *plan.contacts)
-            if each.card
-        }
-        return [
-            f"{names.get(what, f'mail {what}')} was left as it is: {why}"
-            for what, why in refused.items()
-        ]
-
-    def _change_cards(self, changes: Sequence[CardChange], what: str) -> dict[str, str]:
-        refused: dict[str, str] = {}
-        for n in range(0, len(changes), CARDS_AT_ONCE):
-            refused |= self._contacts.apply(changes[n : n + CARDS_AT_ONCE])
-            self._console.progress(min(n + CARDS_AT_ONCE, len(changes)), len(changes), what)
-        return refused
-
-    def _file(self, patches: Mapping[str, MailPatch]) -> dict[str, str]:
-        """Email/set in as many requests as the limits force; {mail id: why it was refused}."""
-        refused: dict[str, str] = {}
-        done = 0
-        for portion in self._client.portions(patches):
-            answer = self._client.call("Email/set", {"update": portion})
-            refused |= mails_refused(set_errors(answer))
-            done += len(portion)
-            self._console.progress(done, len(patches), "mails")
-        return refused
-
-
-def reset_rows(plan: ResetPlan) -> list[tuple[str, str]]:
-    """(how many, what becomes of them)"""
-    gone = sum(change.destroy for change in plan.contacts)
-    no_groups = sum(change.destroy for change in plan.groups)
-    rows = [
-        (number(gone, "contact"), "deleted: Mailroom made them, nobody has touched them"),
-        (number(len(plan.contacts) - gone, "contact"), "kept, without Mailroom's notes"),
-        (number(no_groups, "group"), "deleted: Mailroom made them"),
-        (number(len(plan.groups) - no_groups, "group"), "emptied"),
-        (number(len(plan.mails), "mail"), "back to the Screener, or a label taken off"),
-    ]
-    return [row for row in rows if not row[0].startswith("0 ")]
+def take_out(client: JMAPClient, own: Collection[str], account: Account) -> Reasons:
+    """Take all messages out of Mailroom's own mailboxes, and its labels off; {message id: why it
+    was refused}. Raises ServerError."""
+    refused = Reasons()
+    while True:
+        _, [emails] = client.fetch([emails_where(in_any(own), EMAILS_AT_ONCE)])
+        left = [email for email in emails if email.id not in refused]
+        patches = {email.id: account.undo_patch(email, account.marks) for email in left}
+        if not any(patches.values()):
+            return refused
+        refused |= set_emails(client, patches)[0]
 
 
 def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: tell what a reset would do, and do it with `--apply` once that is confirmed; the
     exit status. Raises MailroomError."""
-    console = Console(settings)
-    work = Reset(settings, console)
-    plan = work.plan()
-    if not (plan.groups or plan.contacts or plan.mails):
-        console.say("There is nothing to do.")
+    client, contacts = new_clients(settings)
+    account, cards = read_account(settings, client, contacts, None)
+    if not account.screener:
+        raise ConfigurationError(f'there is no mailbox "{settings.screener_mailbox}": make it')
+    own = (account.managed | account.marks) - {account.screener}
+    changes, steps = plan_reset(cards, account), dict[str, str]()
+    for key, change in changes.items():
+        if card := change.card:
+            verb = "delete" if change.deletes else "empty"
+            steps[key] = f'{verb} the {"group" if card.is_group else "contact"} "{card.name}"'
+    full = [each for each in account.mailboxes if each.id in own and each.total]
+    lines = [*steps.values(), *(f'empty "{box.path}", messages: {box.total:,}' for box in full)]
+    if not lines:
+        print_line(settings, "There is nothing to do.")
         return 0
-    console.say("\n".join(table(reset_rows(plan))))
-    for card in plan.kept:
-        kept = f'kept: "{card.name}", {", ".join(sorted(card.emails))}'
-        console.say(f"{kept}: Mailroom made it and somebody has changed it", "missing")
-    console.say("No mail and no mailbox is deleted. The account's rules are yours to take out.")
-    if not options.apply:
-        console.say("Nothing has been changed: `reset --apply` does it. Stop Mailroom first.")
+    safe = "No message and no mailbox is deleted. Take the account's rules out first."
+    for line in [*lines, safe]:
+        print_line(settings, line)
+    again = f"Next: {PROGRAM} reset --apply"
+    if not options.apply or not (options.yes or is_confirmed()):
+        print_line(settings, f"Nothing has been changed. {again}")
         return 0
-    if not (options.yes or is_confirmed()):
-        console.say("Nothing has been changed.")
-        return 0
-    problems = work.carry_out(plan)
-    for problem in problems:
-        console.say(settings.shown(problem), "problem")
-    console.say("Run it again for the rest." if problems else "Mailroom is out of the account.")
-    return 1 if problems else 0
+    options.begun = True
+    refused = {steps[key]: why for key, why in contacts.apply(changes).items()}
+    left = take_out(client, own, account)
+    refused |= {f"message {id_}": why for id_, why in left.items()}
+    for what, why in refused.items():
+        print_line(settings, f"refused  {what}: {why}")
+    verdict = f"Not all could be done. {again}" if refused else "Mailroom is out of the account."
+    print_line(settings, verdict)
+    return 1 if refused else 0
 
 
 def is_confirmed() -> bool:
     """Ask the person at the terminal. Raises ConfigurationError when there is none."""
     if not sys.stdin.isatty():
         raise ConfigurationError("there is no terminal to confirm it at: give --yes")
-    try:
+    with suppress(EOFError):
         return input('Type "reset" to go on: ').strip() == "reset"
-    except EOFError:
-        return False
+    return False
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------
+# The command ######################################################################################
 
-DESCRIPTION = """\
-One tap of a label triages a whole sender. Settings are environment variables
-(MAILROOM_...), see the README.
-"""
-EPILOG = """\
-examples:
-  python mailroom.py                       serve (the same as `run`)
-  python mailroom.py setup                 what the account has and lacks
-  python mailroom.py setup --apply         make what it lacks
-  python mailroom.py setup --fastmail-rules rules.json
-  python mailroom.py run --once --dry-run  what one look at the account would do
-  python mailroom.py reset                 what taking Mailroom out would do
-
-exit status:
-  0    done, or stopped as asked
-  1    a fault in the program (with a traceback), setup or reset is not done, or
-       no room is left for what is printed
-  2    settings, credentials, or an account that lacks something
-  3    `run --once`: a sender could not be triaged, or the server not be reached
-  130  setup or reset: stopped with Ctrl-C
-  141  whoever read the output has gone
-"""
+SHUTDOWN_SECONDS = 4
 
 
 def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
-    """The command: serve, or do one cycle; the exit status."""
-    say = Console(settings).say if options.dry_run else None
-    return Service(settings, once=options.once, dry_run=say).run()
+    """The command: serve, or do one cycle; the exit status. Raises ConfigurationError."""
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        """Print what a dry run finds, where that is news."""
+        if text not in said:
+            print_line(settings, text)
+        said.add(text)
+
+    service = Service(settings, once=options.once, say=say if options.dry_run else None)
+
+    def stop(*_: object) -> None:
+        """Stop in good order. If that does not help, an alarm ends the process: it may be stuck
+        outside the hub, in a log that nobody reads."""
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.alarm(SHUTDOWN_SECONDS)
+        service.shutdown.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    status = service.run()
+    if options.dry_run and options.once and not (said or status):
+        print_line(settings, "There is nothing to do.")
+    return status
 
 
 COMMANDS = {"run": run, "setup": setup, "reset": reset}
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="mailroom.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the commands and their options."""
+    about = "One tap of a label triages a whole sender. The README lists the settings."
+    layout: JSON = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    layout["epilog"] = __doc__[__doc__.index("examples:") :]
+    parser = argparse.ArgumentParser("mailroom.py", description=about, **layout)
+    parser.set_defaults(begun=False)
     parser.add_argument("--version", action="version", version=f"Mailroom {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-
-    def command(name: str, summary: str, **flags: str) -> argparse.ArgumentParser:
-        each = commands.add_parser(name, help=summary, description=summary)
-        for flag, meaning in flags.items():
-            each.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=meaning)
-        return each
-
-    command(
-        "run",
-        "Serve. This is what is done without a command.",
-        once="look at the account once and end, for cron",
-        dry_run="say what would be done, and why, and write nothing",
-    )
-    command(
-        "setup",
-        "Show what the account has and lacks, and the rules it needs.",
-        apply="make what it lacks",
-        sieve="print the rules as a Sieve script; with --apply install it",
-        json="print it for scripts",
-    ).add_argument("--fastmail-rules", metavar="FILE", help="write a rules file for Fastmail")
-    command(
-        "reset",
-        "Show what taking Mailroom out of the account would do.",
-        apply="do it, once you have confirmed it",
-        yes="do it without asking",
-    )
+    flag: JSON = {"action": "store_true"}
+    each = commands.add_parser("run", help="serve; this is what is done without a command")
+    each.add_argument("--once", help="look at the account once and end, for cron", **flag)
+    each.add_argument("--dry-run", help="say what would be done, and write nothing", **flag)
+    each = commands.add_parser("setup", help="show what the account lacks and has")
+    each.add_argument("--apply", help="make what it lacks", **flag)
+    rules = "write a rules file for Fastmail (-: print it)"
+    each.add_argument("--fastmail-rules", metavar="FILE", help=rules)
+    each = commands.add_parser("reset", help="show what taking Mailroom out would do")
+    each.add_argument("--apply", help="do it, once you have confirmed it", **flag)
+    each.add_argument("--yes", help="do it without asking", **flag)
     return parser
 
 
-def complain(problems: Iterable[str]) -> None:
-    for problem in problems:
-        print(f"mailroom: {CONTROLS.sub(' ', problem)}", file=sys.stderr)
-
-
 def perform(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status (see EPILOG). Raises OSError, of standard output say."""
+    """Run the command; the exit status. Raises what is no MailroomError."""
     given = list(arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
         given.insert(0, "run")
     options = command_line().parse_args(given)
+    redact: Callable[[str, int], str] = truncate  # until the secrets are known
     try:
         settings = MailroomSettings()
-    except ConfigurationError as error:
-        complain(error.problems)
-        return 2
-    start_logging(settings)
-    if options.command != "run":  # The service has its own.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
+        redact = settings.redact
+        LOG.handlers[:] = [logging.StreamHandler()]
+        LOG.handlers[0].setFormatter(LogFormatter(settings))
+        LOG.setLevel(settings.log_level.upper())
+        for warning in settings.warnings:
+            LOG.warning(warning)
+        if options.command != "run":  # The service has its own.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return COMMANDS[options.command](settings, options)
-    except ConfigurationError as error:
-        complain(map(settings.shown, error.problems))
-        return 2
     except MailroomError as error:
-        complain([f"{settings.shown(str(error))}. Run it again: it does what is left"])
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if type(error) in OUTPUT_ERRORS:
-            raise
-        LOG.critical(FAULT, exc_info=True)
-        return 1
+        lasting = as_lasting(error)
+        again = ". Run it again: it does what is left" if options.begun and not lasting else ""
+        for problem in lasting.problems if lasting else (f"{error}{again}",):
+            print(f"mailroom: {one_line(redact(problem, MAX_SHOWN))}", file=sys.stderr)
+        return 2 if lasting else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -4558,13 +2855,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return perform(sys.argv[1:] if arguments is None else arguments)
         finally:
             sys.stdout.flush()
-    except OSError as error:
-        # Or Python would complain when it closes standard output.
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:  # of standard output
+        # Or Python would complain when it closes that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
-        complain([f"the system says: {error}"])
-        return 1
+        print(f"mailroom: the system says: {error}", file=sys.stderr)
+    except Exception:
+        LOG.critical("a fault in the program", exc_info=True)
+    return 1
 
 
 if __name__ == "__main__":
