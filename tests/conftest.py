@@ -1,10 +1,9 @@
 """What every test shares. Importing mailroom first patches the sockets before `responses` comes."""
 
-import mailroom  # noqa: I001  (its import is the monkey patch)
+import mailroom  # noqa: F401, I001  (its import is the monkey patch)
 
 from collections.abc import Iterator
 
-import gevent
 import hypothesis
 import pytest
 from cyrus_server import CyrusServer
@@ -49,18 +48,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether there is time for everything."""
     return bool(request.config.getoption("--long"))
-
-
-@pytest.fixture(autouse=True)
-def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service in this process leaves the signals to pytest, or Ctrl-C would not end that."""
-    monkeypatch.setattr(gevent, "signal_handler", lambda *_: None)
-
-
-@pytest.fixture(autouse=True)
-def large_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group with one member is a large one already: more can go wrong with those."""
-    monkeypatch.setattr(mailroom, "MANY_MEMBERS", 0)
 
 
 @pytest.fixture(scope="module")

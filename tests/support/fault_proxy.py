@@ -6,6 +6,7 @@ with FaultProxy(cyrus.http_port) as proxy:
 """
 
 import http.client
+from collections.abc import Callable
 
 from jmap_server import Account, Fault, JMAPServer, Reply, Request
 
@@ -17,14 +18,17 @@ UPSTREAM_SECONDS = 30
 class FaultProxy(JMAPServer):
     """The embedded server with its work done by another: `on_request`, `faults`, `requests`,
     `pause` and `resume` are the same. A fault's `errors`, `refuse`, `edit` and `before_call` are
-    for the embedded server alone; event streams are not passed on."""
+    for the embedded server alone; event streams are not passed on. `edit_reply` may change what
+    the other answers."""
 
     def __init__(self, port: int) -> None:
         self.upstream = port
+        self.edit_reply: Callable[[Request, Reply], object] = lambda *_: None
         super().__init__(account=Account())
 
     def _work(self, request: Request, fault: Fault) -> Reply:
-        headers = {name: text for name, text in request.headers.items() if name not in HOP_BY_HOP}
+        unwanted = HOP_BY_HOP | {"accept-encoding"}  # a reply is edited as plain text
+        headers = {name: text for name, text in request.headers.items() if name not in unwanted}
         upstream = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=UPSTREAM_SECONDS)
         try:
             upstream.request(request.method, request.target, request.body, headers)
@@ -32,7 +36,9 @@ class FaultProxy(JMAPServer):
             told = {
                 name: text for name, text in answer.getheaders() if name.lower() not in HOP_BY_HOP
             }
-            return Reply(answer.status, answer.read(), told)
+            reply = Reply(answer.status, answer.read(), told)
+            self.edit_reply(request, reply)
+            return reply
         except (OSError, http.client.HTTPException) as error:
             self.crashes.append(error)
             return Reply(502)

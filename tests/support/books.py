@@ -1,10 +1,10 @@
-"""Address books for tests: on the embedded JMAP server, on Radicale and on Cyrus, each with
-Mailroom's way to its cards, that of the user's phone, and a mail account beside it."""
+"""Address books for tests: on the embedded JMAP server, on Radicale and on Cyrus, each with the way
+of the user's phone to its cards, and a mail account beside it. Uids are without `urn:uuid:`."""
 
 import urllib.parse
 import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import requests
@@ -12,9 +12,6 @@ import vobject  # type: ignore[import-untyped]
 from cyrus_server import CyrusServer
 from jmap_server import JMAPServer, Options
 from radicale_server import RadicaleServer
-
-import mailroom
-from mailroom import Card, CardDAVContacts, JMAPContacts, canonical_uid, credentials
 
 CATEGORIES = (
     "Imbox",
@@ -29,6 +26,10 @@ LIST_ALL = """<C:addressbook-query xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:n
 V4_TYPE = {"Accept": "text/vcard; version=4.0"}
 
 
+def bare_uid(uid: str) -> str:
+    return uid.strip().removeprefix("urn:uuid:")
+
+
 class Seen(NamedTuple):
     """A card as its server shows it to anyone."""
 
@@ -41,17 +42,10 @@ class Seen(NamedTuple):
 
 
 class Book(Protocol):
-    """An address book with Mailroom's way to it, `contacts`, and that of the user's phone."""
+    """An address book with the way of the user's phone to it, and the settings for it."""
 
-    contacts: Any
     mail: JMAPServer
     settings: dict[str, Any]
-
-    def read(self, *addresses: str) -> list[Card]:
-        """The groups and the contacts of the addresses, as Mailroom gets to see them."""
-
-    def read_all(self) -> list[Card]:
-        """All cards."""
 
     def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
         """A contact; its uid."""
@@ -68,9 +62,6 @@ class Book(Protocol):
     def seen(self) -> dict[str, Seen]:
         """All cards by their uids."""
 
-    def twin(self) -> Any:
-        """A second Mailroom's way to it, which has read the cards."""
-
 
 class JMAPBook:
     """In an account of the embedded server."""
@@ -81,28 +72,6 @@ class JMAPBook:
         for group in [*self.account.groups]:
             self.account.remove_card(group)
         self.settings: dict[str, Any] = {}
-        self.client = mailroom.JMAPClient(options.token, self.mail.session_url)
-        self.client.connect()
-        self.contacts = JMAPContacts(self.client)
-        self.contacts.prepare()
-
-    def twin(self) -> JMAPContacts:
-        contacts = JMAPContacts(self.client)
-        contacts.prepare()
-        calls, queries = contacts.questions([])
-        contacts.cards([], *self.client.fetch(queries, calls))
-        return contacts
-
-    def read(self, *addresses: str) -> list[Card]:
-        return self._read(addresses)
-
-    def read_all(self) -> list[Card]:
-        return self._read(None)
-
-    def _read(self, addresses: Collection[str] | None) -> list[Card]:
-        calls, queries = self.contacts.questions(addresses)
-        answers, found = self.client.fetch(queries, calls)
-        return self.contacts.cards(addresses, answers, found)
 
     def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
         emails = {f"e{n}": {"address": address} for n, address in enumerate(addresses)}
@@ -148,16 +117,6 @@ class DAVBook:
         self.settings = dict(zip(names, (origin, *login), strict=True))
         self.http = requests.Session()
         self.http.trust_env, self.http.auth = False, login
-        self.contacts = self.connected(origin)
-
-    def connected(self, url: str) -> CardDAVContacts:
-        user, password = self.login
-        contacts = CardDAVContacts(url, credentials(password, user), bool)
-        contacts.prepare()
-        return contacts
-
-    def twin(self) -> CardDAVContacts:
-        return self.connected(self.origin)
 
     def ask(self, method: str, url: str, body: str = "", **headers: str) -> requests.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -179,29 +138,24 @@ class DAVBook:
             text = self.ask("GET", url, **V4_TYPE).content.decode()
         return text
 
-    def read(self, *addresses: str) -> list[Card]:
-        return self.contacts.cards(addresses, [], [])
-
-    def read_all(self) -> list[Card]:
-        return self.contacts.cards(None, [], [])
-
     def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
         uid = str(uuid.uuid4())
         emails = [f"EMAIL;TYPE=INTERNET:{address}" for address in addresses]
         notes = [] if note is None else ["NOTE:" + note.replace("\n", "\\n")]
         self.put(f"{uid}.vcf", f"UID:{uid}", f"FN:{name}", f"N:;{name};;;", *emails, *notes)
-        return canonical_uid(uid)
+        return uid
 
     def add_group(self, name: str, *members: str) -> str:
         uid, prefix = str(uuid.uuid4()), "" if self.version_4 else "X-ADDRESSBOOKSERVER-"
-        kind = [f"{prefix}KIND:group", *(f"{prefix}MEMBER:{member}" for member in members)]
+        urn = "" if self.version_4 else "urn:uuid:"
+        kind = [f"{prefix}KIND:group", *(f"{prefix}MEMBER:{urn}{member}" for member in members)]
         version = "4.0" if self.version_4 else "3.0"
         lines = [f"UID:{uid}", f"FN:{name}", f"N:{name};;;;", *kind]
         self.put(f"{uid}.vcf", *lines, version=version)
-        return canonical_uid(uid)
+        return uid
 
     def url_of(self, uid: str) -> str:
-        [url] = [url for url, card in self._parsed() if canonical_uid(card.uid.value) == uid]
+        [url] = [url for url, card in self._parsed() if bare_uid(card.uid.value) == uid]
         return url
 
     def meddle(self, uid: str) -> None:
@@ -229,7 +183,7 @@ class DAVBook:
 
     def seen(self) -> dict[str, Seen]:
         cards = [card for _, card in self._parsed()]
-        found = {canonical_uid(card.uid.value): self._seen(card.contents) for card in cards}
+        found = {bare_uid(card.uid.value): self._seen(card.contents) for card in cards}
         assert len(found) == len(cards), "a uid comes twice"
         return found
 
@@ -243,7 +197,7 @@ class DAVBook:
             frozenset(values("email")),
             "\n".join(values("note")),
             "group" if groups else "company" if "org" in contents else "person",
-            frozenset(map(canonical_uid, values("member", "x-addressbookserver-member"))),
+            frozenset(map(bare_uid, values("member", "x-addressbookserver-member"))),
             frozenset(values("tel")),
         )
 

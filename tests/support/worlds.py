@@ -2,6 +2,7 @@
 Mailroom beside it that is driven cycle by cycle, in virtual time. What must hold at every moment is
 looked at after every single change of the account."""
 
+import gc
 import json
 import os
 import random
@@ -129,11 +130,11 @@ class RadicaleStore:
         members = values["X-ADDRESSBOOKSERVER-MEMBER"] + values["MEMBER"]
         [uid] = values["UID"]
         return Kept(
-            f"urn:uuid:{uid}",
+            uid,
             "X-ADDRESSBOOKSERVER-KIND" in values,
             values["FN"][0],
             tuple(address.lower() for address in values["EMAIL"]),
-            tuple(sorted(members)),
+            tuple(sorted(member.removeprefix("urn:uuid:") for member in members)),
             tuple(sorted(line for line in lines if not line.startswith(OWN_LINES))),
         )
 
@@ -141,8 +142,7 @@ class RadicaleStore:
         return unfolded(path.read_bytes())
 
     def _path(self, uid: str) -> Path:
-        wanted = uid.removeprefix("urn:uuid:")
-        return next(p for p in self.folder.glob("*.vcf") if f"UID:{wanted}" in self._lines(p))
+        return next(p for p in self.folder.glob("*.vcf") if f"UID:{uid}" in self._lines(p))
 
     def _write(self, path: Path, lines: Iterable[str]) -> None:
         new = path.with_suffix(".new")
@@ -156,14 +156,14 @@ class RadicaleStore:
         named = [f"UID:{uid}", f"FN:{name}", f"N:;{name};;;"]
         lines = ["BEGIN:VCARD", "VERSION:3.0", *named, *more, "END:VCARD"]
         self._write(self.folder / f"{uid}.vcf", lines)
-        return f"urn:uuid:{uid}"
+        return uid
 
     def add(self, address: str, name: str = "", note: str = "") -> str:
         notes = ["NOTE:" + note.replace("\n", "\\n")] if note else []
         return self._add(name, f"EMAIL;TYPE=INTERNET:{address}", *notes)
 
     def add_group(self, name: str, members: Iterable[str] = ()) -> str:
-        joined = [f"X-ADDRESSBOOKSERVER-MEMBER:{uid}" for uid in members]
+        joined = [f"X-ADDRESSBOOKSERVER-MEMBER:urn:uuid:{uid}" for uid in members]
         return self._add(name, "X-ADDRESSBOOKSERVER-KIND:group", *joined)
 
     def edit(self, uid: str, *, phone: str = "", name: str = "") -> None:
@@ -176,7 +176,7 @@ class RadicaleStore:
     def set_members(self, uid: str, members: Iterable[str]) -> None:
         path = self._path(uid)
         others = [line for line in self._lines(path) if "-MEMBER:" not in line]
-        joined = [f"X-ADDRESSBOOKSERVER-MEMBER:{member}" for member in members]
+        joined = [f"X-ADDRESSBOOKSERVER-MEMBER:urn:uuid:{member}" for member in members]
         self._write(path, [*others[:-1], *joined, others[-1]])
 
     def remove(self, uid: str) -> None:
@@ -256,8 +256,10 @@ class Program:
         self.greenlet.kill(block=False)
 
     def time_out(self) -> None:
-        """What a socket raises when the time for an answer is up, now and not in a minute."""
-        self.greenlet.kill(TimeoutError("timed out"), block=False)
+        """What a socket raises when the time for an answer is up, now and not in a minute; where
+        several requests are under way, it is up for all of them."""
+        for greenlet in innermost(self.greenlet):
+            greenlet.kill(TimeoutError("timed out"), block=False)
 
     def settle(self, cycles: int = 4) -> None:
         """Cycles until one goes well. There is no endless fight: it takes a few at most."""
@@ -267,6 +269,13 @@ class Program:
             if results[-1] == "success":
                 return
         raise AssertionError(f"it does not come to rest: {results}")
+
+
+def innermost(greenlet: "gevent.Greenlet[..., Any]") -> list["gevent.Greenlet[..., Any]"]:
+    """Those that do the work of a greenlet: that which it has spawned, or itself."""
+    alive = [each for each in gc.get_objects() if isinstance(each, gevent.Greenlet) and each]
+    spawned = [each for each in alive if (by := each.spawning_greenlet) and by() is greenlet]
+    return [each for one in spawned for each in innermost(one)] or [greenlet]
 
 
 class Goal(NamedTuple):
@@ -364,7 +373,7 @@ class World:
 
     def triaged(self, address: str, category: str, *parents: str) -> list[str]:
         """A sender that Mailroom triaged some time ago; the mails."""
-        note = f"{mailroom.CREATED_NOTE}\nTriaged to {category} on 2025-01-01"
+        note = f'{mailroom.CREATED_NOTE} on 2025-01-01 as "{address}"'
         uid = self.store.add(address, address, note)
         for group in (category, *parents, "Mailroom"):
             self.join(group, uid)

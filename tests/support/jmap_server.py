@@ -1,8 +1,7 @@
 """An embedded JMAP server: a real HTTP server on loopback with one mail account behind it.
 
-It keeps the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts) and, if told, 9661
-(Sieve scripts), in the manner of Fastmail, Cyrus or Stalwart (`Options.fastmail()` ...), and
-misbehaves exactly when it is told to.
+It keeps the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts) in the manner of
+Fastmail, Cyrus or Stalwart (`Options.fastmail()` ...), and misbehaves exactly when it is told to.
 
     with JMAPServer.with_mailroom_account(Options.cyrus()) as server:
         mail = server.account.deliver("Bob <bob@shop.example>", ["Screener"])
@@ -19,10 +18,11 @@ this module does not patch.
 from __future__ import annotations
 
 import base64
-import hashlib
+import email
 import http.client
 import itertools
 import json
+import math
 import re
 import socket
 import ssl
@@ -39,7 +39,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
-from email.utils import getaddresses
+from email.utils import getaddresses, parsedate_to_datetime
 from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal
 
@@ -48,7 +48,6 @@ import gevent.monkey
 from gevent.pool import Pool
 from gevent.queue import Empty, Queue
 from gevent.server import StreamServer
-from sieve import EXTENSIONS, SieveError, check_script
 
 assert gevent.monkey.is_module_patched("socket"), "patch with gevent.monkey before importing this"
 
@@ -59,11 +58,11 @@ CORE = "urn:ietf:params:jmap:core"
 MAIL = "urn:ietf:params:jmap:mail"
 SUBMISSION = "urn:ietf:params:jmap:submission"
 CONTACTS = "urn:ietf:params:jmap:contacts"
-SIEVE = "urn:ietf:params:jmap:sieve"
 
 SESSION_PATH, API_PATH, EVENT_PATH = "/jmap/session", "/jmap/api/", "/jmap/event/"
-WELL_KNOWN_PATH = "/.well-known/jmap"
-UPLOAD_PATH, DOWNLOAD_PATH = "/jmap/upload/", "/jmap/download/"
+WELL_KNOWN_PATH, UPLOAD_PATH = "/.well-known/jmap", "/jmap/upload/"
+PATHS = {SESSION_PATH: "session", API_PATH: "api", EVENT_PATH: "stream"}
+PATHS |= {WELL_KNOWN_PATH: "well-known", UPLOAD_PATH: "upload"}
 LIMITS = {
     "maxSizeUpload": 50_000_000,
     "maxConcurrentUpload": 4,
@@ -73,10 +72,8 @@ LIMITS = {
     "maxObjectsInGet": 4096,
     "maxObjectsInSet": 4096,
 }
-SIEVE_LIMITS = {"maxSizeScriptName": 512, "maxSizeScript": 65536, "maxNumberScripts": 5}
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
 FOREVER = 10**9
-HasMember = Literal["works", "empty", "error", "everything", "late"]
 BYSTANDER = "urn:uuid:5eb7c4f2-8f2d-4c1e-9d7e-0b6f0a3c1d55"  # who is in a group that is in use
 
 
@@ -124,13 +121,14 @@ class Options:
     has_mail: bool = True
     has_contacts: bool = True
     has_submission: bool = True
-    sieve: bool = False
-    sieve_extensions: tuple[str, ...] = EXTENSIONS
-    sieve_limits: dict[str, int] = field(default_factory=dict)  # what differs from SIEVE_LIMITS
+    identities: list[JSON] | None = None  # [{"email": "*@home.example"}]; else the one address
     read_only: bool = False
     limits: dict[str, int] = field(default_factory=dict)  # what differs from LIMITS
     max_query_limit: int | None = None  # a query's limit is lowered to this, and told so
+    max_filter_terms: int | None = None  # an Email/query of more finds a third, no error (Cyrus)
     max_mailboxes_per_email: int = 20
+    mailbox_query: Literal["works", "refuse"] = "works"  # "refuse": only by role (Apache James)
+    sparse_replies: bool = False  # a query tells no position, and null as the total
     last_mailbox: Literal["refuse", "lose"] = "refuse"  # "lose": told updated, but gone (Cyrus)
     from_search: Literal["index", "empty", "error"] = "index"  # "empty", "error": without an index
     index_lag: float = 0  # seconds until a text search finds a mail that arrived
@@ -138,7 +136,6 @@ class Options:
     id_is_uid: bool = False  # a contact's id is its uid (Cyrus); set it before the account is made
     not_finds_nothing: bool = False  # a ContactCard/query with NOT finds nothing (Cyrus)
     groups_in_use: bool = False  # each group has a member; set it before the account is made
-    has_member: HasMember = "works"  # what a search by a member does
     latency: float = 0  # seconds every request spends on the network
     history: int = FOREVER  # how many requests and writes are kept
 
@@ -146,13 +143,13 @@ class Options:
     event_template: bool = True  # as in RFC 8620; else bare (Fastmail)
     push_types: frozenset[str] = frozenset({"Email", "Mailbox", "AddressBook", "ContactCard"})
     connect_event: bool = False  # a stream begins with the present state (Fastmail)
+    closes_streams_after: float | None = None  # seconds after its connect event (Fastmail: 1.2)
+    stream_life: float | None = None  # the same without such an event (Cyrus: 300)
     event_ids: bool = False
     coalesce: bool = True  # changes in quick succession are one event; else one a changed object
     push_delay: float = 0
     chunked: bool = True  # else only the end of the connection ends a stream (Cyrus)
-    stream_life: float | None = None  # seconds, then the stream is closed cleanly
     pings: bool = True
-    ping_bounds: tuple[int, int] = (1, 900)
     ping_unit: int = 1  # what the announced interval counts: 1000 for milliseconds (Stalwart)
     ping_pace: float | None = None  # real seconds between pings, for tests that cannot wait
 
@@ -165,15 +162,15 @@ class Options:
     def cyrus(cls, **changes: Any) -> Options:
         """Cyrus 3.13 without a search index."""
         cyrus = cls(relative_urls=True, id_is_uid=True, from_search="empty", event_ids=True)
-        cyrus.last_mailbox, cyrus.not_finds_nothing = "lose", True
+        cyrus.last_mailbox, cyrus.not_finds_nothing, cyrus.max_filter_terms = "lose", True, 300
         cyrus.push_types = frozenset({"Email", "AddressBook", "ContactCard"})
         cyrus.chunked, cyrus.stream_life = False, 300
         return replace(cyrus, **changes)
 
     @classmethod
     def stalwart(cls, **changes: Any) -> Options:
-        """Templates, no event ids, pings of 30 seconds or more announced in milliseconds."""
-        return replace(cls(ping_bounds=(30, 3600), ping_unit=1000), **changes)
+        """Templates, no event ids, pings announced in milliseconds."""
+        return replace(cls(ping_unit=1000), **changes)
 
 
 Body = bytes | Iterable[bytes]
@@ -183,9 +180,9 @@ Body = bytes | Iterable[bytes]
 class Fault:
     """What goes wrong with the `nth` matching request since the fault was added, `times` in a row.
 
-    `when` is "session", "well-known", "api", "stream", "upload", "download", a method name (any
-    call of the request) or a predicate. Without `status`, `body`, `hang` and `drop` the request is
-    worked as usual; with them it is not, unless `work` says so.
+    `when` is "session", "well-known", "api", "stream", "upload", a method name (any call of the
+    request) or a predicate. Without `status`, `body`, `hang` and `drop` the request is worked as
+    usual; with them it is not, unless `work` says so.
     """
 
     when: str | Callable[[Request], bool] = "api"
@@ -199,7 +196,6 @@ class Fault:
     drop: bool = False  # the connection ends with a reset
     delay: float = 0  # seconds between the work and the reply
     truncate: int | None = None  # the connection ends after so many bytes of the body
-    slow: float = 0  # seconds after every single byte of the body
     errors: dict[str, JSON] = field(default_factory=dict)
     """Method name or call id to the `error` it gets; the call is not worked."""
     refuse: dict[str, JSON] = field(default_factory=dict)
@@ -238,7 +234,6 @@ class Mailbox:
     role: str | None = None
     sort_order: int = 0
     is_subscribed: bool = True
-    unread: int = 0
     mails: set[str] = field(default_factory=set)
 
 
@@ -246,8 +241,14 @@ class Mailbox:
 class Mail:
     id: str
     sender: str | None  # the raw From header, if there is one
+    senders: list[JSON] | None  # as EmailAddress objects
     subject: str
     received_at: str
+    sent_at: str
+    message_id: str
+    thread_id: str
+    references: list[str]  # Message-IDs; the last is the one it answers
+    headers: list[tuple[str, str]]
     modseq: int  # the account's when the mail arrived
     mailboxes: frozenset[str] = frozenset()
     keywords: frozenset[str] = frozenset()
@@ -259,14 +260,11 @@ class Book:
     id: str
     name: str
     is_default: bool
+    may_write: bool = True
 
 
-@dataclass(slots=True)
-class Script:
-    id: str
-    name: str
-    blob_id: str
-    is_active: bool = False
+def flags(names: Iterable[str]) -> dict[str, bool]:
+    return dict.fromkeys(names, True)
 
 
 def decoded(text: str) -> str:
@@ -291,9 +289,25 @@ def address_objects(header: str | None) -> list[JSON] | None:
     return [{"name": name or None, "email": address} for name, address in addresses(header)]
 
 
-def sender_text(header: str | None) -> str:
+def header_text(senders: list[JSON]) -> str:
+    """The header that EmailAddress objects were made of: nothing in it is quoted."""
+    pairs = ((one["name"], one["email"]) for one in senders)
+    return ", ".join(f"{name} <{address}>" if name else address for name, address in pairs)
+
+
+def sender_text(mail: Mail) -> str:
     """What a text search for the sender sees: names and addresses, decoded."""
-    return " ".join(f"{name} {address}" for name, address in addresses(header))
+    return " ".join(f"{one['name'] or ''} {one['email']}" for one in mail.senders or ())
+
+
+def card_addresses(card: JSON) -> set[str]:
+    """The addresses of a card in lower case, as far as an odd one has any."""
+    entries = [one for one in (card.get("emails") or {}).values() if isinstance(one, dict)]
+    return {one["address"].lower() for one in entries if isinstance(one.get("address"), str)}
+
+
+def full_name(card: JSON) -> str:
+    return str((card.get("name") or {}).get("full"))
 
 
 class TextIndex:
@@ -335,6 +349,10 @@ class History:
     def born(self, object_id: str) -> int:
         return self._log[object_id][0]
 
+    @property
+    def gone(self) -> set[str]:
+        return {key for key, (_, _, alive) in self._log.items() if not alive}
+
     def since(self, modseq: int) -> list[tuple[str, int, int, bool]]:
         """(id, created, changed, alive) of what changed after `modseq`, oldest first."""
         newest_first = ((key, *entry) for key, entry in reversed(self._log.items()))
@@ -344,25 +362,22 @@ class History:
 class Account:
     """One user's mailboxes, mails and contacts; its methods are the user's phone.
 
-    Whatever takes a mailbox takes its name or id. Every change bumps the states and is published
-    to the listeners (the event streams), whether it came from here or over HTTP.
+    Whatever takes a mailbox or a book takes its name or id. Every change bumps the states and is
+    published to the listeners (the event streams), whether it came from here or over HTTP.
     """
 
     def __init__(self, *, id_is_uid: bool = False) -> None:
         self.id, self.address = "u1", "alice@home.example"
         self.id_is_uid = id_is_uid
         self.modseq = 0
-        self.histories = {name: History() for name in ("Email", "Mailbox", "ContactCard")}
-        self.histories |= {name: History() for name in ("AddressBook", "Identity", "SieveScript")}
+        kinds = ("Email", "Mailbox", "ContactCard", "AddressBook", "Identity")
+        self.histories = {name: History() for name in kinds}
         self.mailboxes: dict[str, Mailbox] = {}
         self.mails: dict[str, Mail] = {}
         self.books: dict[str, Book] = {}
         self.cards: dict[str, JSON] = {}
         self.groups: set[str] = set()
         self.by_uid: dict[str, str] = {}
-        self.indexed: dict[str, list[str]] = {}
-        """The members of groups, as far as a late index knows."""
-        self.scripts: dict[str, Script] = {}
         self.blobs: dict[str, bytes] = {}
         self.by_email, self.by_sender, self.by_raw_sender = TextIndex(), TextIndex(), TextIndex()
         self.queries: dict[str, list[str]] = {}
@@ -421,35 +436,64 @@ class Account:
 
     def deliver(
         self,
-        sender: str | None,
+        sender: str | list[JSON] | None,
         mailboxes: Iterable[str] = ("Inbox",),
         *,
         subject: str = "Hello",
         received_at: str | None = None,
+        sent_at: str | None = None,
         keywords: Iterable[str] = (),
+        headers: Mapping[str, str | list[str]] | None = None,
+        message_id: str | None = None,
+        in_reply_to: str | None = None,
     ) -> str:
-        """A new mail. `sender` is the raw From header; mails arrive a minute apart by default."""
+        """A new mail; mails arrive a minute apart by default.
+
+        `sender` is the raw From header, or what a server makes of one: EmailAddress objects. Of
+        other `headers` there may be several of a name. `in_reply_to` is a Message-ID or, for a
+        mail of the same thread, the id of a mail here.
+        """
         serial = next(self._serial)
         minute = datetime(2025, 1, 1, tzinfo=UTC) + timedelta(minutes=serial)
         received_at = received_at or minute.strftime("%Y-%m-%dT%H:%M:%SZ")
-        mail = Mail(f"M{serial}", sender, subject, received_at, self.modseq + 1)
+        raw = header_text(sender) if isinstance(sender, list) else sender
+        fields = {"From": raw, "Subject": subject, **(headers or {})}
+        answered = self.mails.get(in_reply_to or "")
+        references = [in_reply_to] if in_reply_to else []
+        if answered:
+            references = [*answered.references, answered.message_id]
+        mail = Mail(
+            f"M{serial}",
+            sender=raw,
+            senders=sender if isinstance(sender, list) else address_objects(sender),
+            subject=subject,
+            received_at=received_at,
+            sent_at=sent_at or received_at,
+            message_id=message_id or f"M{serial}@mail.example",
+            thread_id=answered.thread_id if answered else f"TM{serial}",
+            references=references,
+            headers=[
+                (name, text)
+                for name, texts in fields.items()
+                for text in ([texts] if isinstance(texts, str) else texts or ())
+            ],
+            modseq=self.modseq + 1,
+        )
         self.mails[mail.id] = mail
-        self.by_sender.add(sender_text(sender), mail.id)
-        self.by_raw_sender.add(sender or "", mail.id)
+        self.by_sender.add(sender_text(mail), mail.id)
+        self.by_raw_sender.add(raw or "", mail.id)
         self.file(mail.id, map(self.mailbox_id, mailboxes), keywords)
         return mail.id
 
     def label(self, mail_id: str, *mailboxes: str) -> None:
-        added = {self.mailbox_id(name) for name in mailboxes}
-        self.file(mail_id, self.mails[mail_id].mailboxes | added)
+        self.file(mail_id, self.mails[mail_id].mailboxes | set(map(self.mailbox_id, mailboxes)))
 
     def unlabel(self, mail_id: str, *mailboxes: str) -> None:
-        taken = {self.mailbox_id(name) for name in mailboxes}
-        self.file(mail_id, self.mails[mail_id].mailboxes - taken)
+        self.file(mail_id, self.mails[mail_id].mailboxes - set(map(self.mailbox_id, mailboxes)))
 
     def move(self, mail_id: str, *mailboxes: str) -> None:
         """Into these mailboxes and out of all others."""
-        self.file(mail_id, {self.mailbox_id(name) for name in mailboxes})
+        self.file(mail_id, map(self.mailbox_id, mailboxes))
 
     def mark(self, mail_id: str, *keywords: str) -> None:
         """Exactly these keywords, as in `$seen`."""
@@ -466,15 +510,12 @@ class Account:
         counted = old_boxes ^ mail.mailboxes
         if "$seen" in old_words ^ mail.keywords:
             counted = old_boxes | mail.mailboxes
-        for box_id in old_boxes:
-            self.mailboxes[box_id].mails.discard(mail_id)
-            self.mailboxes[box_id].unread -= "$seen" not in old_words
-        for box_id in mail.mailboxes:
-            self.mailboxes[box_id].mails.add(mail_id)
-            self.mailboxes[box_id].unread += "$seen" not in mail.keywords
+        for box_id in old_boxes | mail.mailboxes:
+            here = self.mailboxes[box_id].mails
+            (here.add if box_id in mail.mailboxes else here.discard)(mail_id)
         if not mail.mailboxes:
             del self.mails[mail_id]
-            self.by_sender.remove(sender_text(mail.sender), mail_id)
+            self.by_sender.remove(sender_text(mail), mail_id)
             self.by_raw_sender.remove(mail.sender or "", mail_id)
         if (old_boxes, old_words) != (mail.mailboxes, mail.keywords):
             self._note("Email", mail_id, alive=bool(mail.mailboxes))
@@ -491,11 +532,19 @@ class Account:
 
     # Contacts
 
-    def add_book(self, name: str) -> str:
-        book_id = f"A{next(self._serial)}"
-        self.books[book_id] = Book(book_id, name, is_default=not self.books)
-        self._publish(("AddressBook", book_id))
-        return book_id
+    def add_book(self, name: str, *, is_default: bool = False, may_write: bool = True) -> str:
+        """The first one is the default, until another is."""
+        book = Book(f"A{next(self._serial)}", name, is_default or not self.books, may_write)
+        for other in self.books.values():
+            other.is_default = other.is_default and not book.is_default
+        self.books[book.id] = book
+        self._publish(("AddressBook", book.id))
+        return book.id
+
+    def put_in_book(self, card_id: str, *books: str) -> None:
+        """Into these address books and out of all others."""
+        found = [book.id for book in self.books.values() if {book.id, book.name} & {*books}]
+        self.put_card({**self.cards[card_id], "addressBookIds": flags(found)})
 
     def new_card(self, properties: Mapping[str, Any]) -> str:
         """A card of these properties, with the ids it lacks and in the default book."""
@@ -507,6 +556,12 @@ class Account:
         self.put_card(card)
         return str(card["id"])
 
+    def put_raw_card(self, card: JSON) -> str:
+        """A card as it is, right or wrong; only an id it gets, if it has none."""
+        raw = {"id": f"C{next(self._serial)}", **card}
+        self.put_card(raw)
+        return str(raw["id"])
+
     def add_contact(
         self, address: str, name: str = "", kind: str = "individual", **properties: Any
     ) -> str:
@@ -516,33 +571,28 @@ class Account:
 
     def add_group(self, name: str, members: Iterable[str] = ()) -> str:
         """`members` are ids of contacts, or uids."""
-        uids = {self.cards[key]["uid"] if key in self.cards else key: True for key in members}
+        uids = flags(self.cards[key]["uid"] if key in self.cards else key for key in members)
         return self.new_card({"kind": "group", "name": {"full": name}, "members": uids})
 
     def group_id(self, name: str) -> str:
         """Of namesakes the oldest."""
         groups = (card for key, card in self.cards.items() if key in self.groups)
-        return next(str(card["id"]) for card in groups if card["name"].get("full") == name)
+        return next(str(one["id"]) for one in groups if full_name(one) == name)
 
     def join_group(self, name: str, contact_id: str) -> None:
         group = self.cards[self.group_id(name)]
         members = {**group.get("members", {}), self.cards[contact_id]["uid"]: True}
         self.put_card({**group, "members": members})
 
-    def leave_group(self, name: str, contact_id: str) -> None:
-        group = self.cards[self.group_id(name)]
-        uid = self.cards[contact_id]["uid"]
-        left = {key: True for key in group.get("members", {}) if key != uid}
-        self.put_card({**group, "members": left})
-
     def put_card(self, card: JSON) -> None:
         """The one place where a card is made or changed."""
         if card["id"] in self.cards:
             self._unindex(self.cards[card["id"]])
         self.cards[card["id"]] = card
-        self.by_uid[card["uid"]] = card["id"]
-        for email in (card.get("emails") or {}).values():
-            self.by_email.add(email["address"], card["id"])
+        if card.get("uid"):
+            self.by_uid[card["uid"]] = card["id"]
+        for address in card_addresses(card):
+            self.by_email.add(address, card["id"])
         if card.get("kind") == "group":
             self.groups.add(card["id"])
         self._publish(("ContactCard", card["id"]))
@@ -553,9 +603,9 @@ class Account:
         self._publish(("ContactCard", card_id), alive=False)
 
     def _unindex(self, card: JSON) -> None:
-        del self.by_uid[card["uid"]]
+        self.by_uid.pop(card.get("uid", ""), None)
         self.groups.discard(card["id"])
-        for address in {e["address"].lower() for e in (card.get("emails") or {}).values()}:
+        for address in card_addresses(card):
             self.by_email.remove(address, card["id"])
 
     def contacts_of(self, address: str) -> list[JSON]:
@@ -564,52 +614,9 @@ class Account:
 
     def groups_of(self, address: str) -> set[str]:
         """Names of the groups that a contact of this address is in."""
-        uids = {card["uid"] for card in self.contacts_of(address)}
+        uids = {card.get("uid") for card in self.contacts_of(address)}
         groups = (self.cards[key] for key in self.groups)
-        return {group["name"]["full"] for group in groups if uids & group.get("members", {}).keys()}
-
-    # Sieve scripts
-
-    def add_blob(self, data: bytes) -> str:
-        """The same bytes have the same id."""
-        blob_id = "G" + hashlib.sha256(data).hexdigest()
-        self.blobs[blob_id] = data
-        return blob_id
-
-    def add_sieve_script(self, name: str, text: str, active: bool = True) -> str:
-        """A script of the user's own; an active one takes the place of the one before."""
-        script = Script(f"S{next(self._serial)}", name, self.add_blob(text.encode()))
-        self.put_script(script)
-        if active:
-            self.activate(script.id)
-        return script.id
-
-    def put_script(self, script: Script) -> None:
-        """The one place where a script is made or changed, but for which is active."""
-        self.scripts[script.id] = script
-        self._publish(("SieveScript", script.id))
-
-    def remove_script(self, script_id: str) -> None:
-        del self.scripts[script_id]
-        self._publish(("SieveScript", script_id), alive=False)
-
-    def activate(self, script_id: str | None) -> list[Script]:
-        """This script and no other; those that this changes."""
-        changed = [one for one in self.scripts.values() if one.is_active != (one.id == script_id)]
-        for script in changed:
-            script.is_active = not script.is_active
-        self._publish(*(("SieveScript", script.id) for script in changed))
-        return changed
-
-    @property
-    def sieve_scripts(self) -> dict[str, str]:
-        """The texts of all scripts by their names."""
-        return {one.name: self.blobs[one.blob_id].decode() for one in self.scripts.values()}
-
-    @property
-    def active_script(self) -> str | None:
-        """The name of the script that is active."""
-        return next((one.name for one in self.scripts.values() if one.is_active), None)
+        return {full_name(one) for one in groups if uids & (one.get("members") or {}).keys()}
 
     # States
 
@@ -657,6 +664,14 @@ def select(where: JSON | None, among: Ids, condition: Callable[[str, Any, Ids], 
     return among - found if operator == "NOT" else found
 
 
+def count_terms(where: JSON | None) -> int:
+    """The terms of a filter once it is an OR of ANDs, which is what Cyrus makes of it."""
+    if not where or "operator" not in where:
+        return 1
+    counts = [count_terms(part) for part in where["conditions"]]
+    return math.prod(counts) if where["operator"] == "AND" else sum(counts)
+
+
 def pointer_parts(path: str) -> list[str]:
     """The parts of a JSON pointer (RFC 6901) without its leading slash."""
     return [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")]
@@ -688,10 +703,6 @@ def is_id_set(value: object) -> bool:
     return isinstance(value, dict) and all(flag is True for flag in value.values())
 
 
-def flags(names: Iterable[str]) -> dict[str, bool]:
-    return dict.fromkeys(names, True)
-
-
 def nothing(*_: object) -> None:
     """The value of a property that this server knows and never fills."""
 
@@ -704,7 +715,7 @@ class Kind:
     verbs: ClassVar[frozenset[str]] = frozenset({"get", "query", "set", "changes"})
     arguments: ClassVar[frozenset[str]] = frozenset()  # beyond those of RFC 8620
     references: ClassVar[frozenset[str]] = frozenset()  # properties that may hold creation ids
-    properties: ClassVar[Mapping[str, Callable[[Account, Any], Any]] | None] = None
+    properties: ClassVar[Mapping[str, Callable[[Account, Any], Any]]] = {}
     sorts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
 
     def __init__(self, account: Account, options: Options) -> None:
@@ -714,13 +725,15 @@ class Kind:
         raise NotImplementedError
 
     def check(self, properties: Iterable[str]) -> None:
-        if unknown := [name for name in properties if name not in (self.properties or {})]:
+        if unknown := [name for name in properties if name not in self.properties]:
             raise MethodError("invalidArguments", f"unknown properties: {unknown}")
 
     def render(self, item: Any, properties: list[str] | None) -> JSON:
-        table = self.properties or {}
-        wanted = table if properties is None else dict.fromkeys(["id", *properties])
-        return {name: table[name](self.account, item) for name in wanted}
+        wanted = self.properties if properties is None else dict.fromkeys(["id", *properties])
+        return {name: self.value(item, name) for name in wanted}
+
+    def value(self, item: Any, name: str) -> Any:
+        return self.properties[name](self.account, item)
 
     def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
         """All matching ids in order; those alike in order of arrival."""
@@ -750,7 +763,7 @@ class Kind:
 
     def create(self, item: JSON) -> JSON:
         """Makes an object; returns the properties the client does not know (with its id)."""
-        raise SetError("forbidden", "only the tests deliver mail")
+        raise SetError("forbidden", "mails are delivered or imported")
 
     def update(self, object_id: str, patch: JSON) -> None:
         raise NotImplementedError
@@ -758,14 +771,13 @@ class Kind:
     def destroy(self, object_id: str, args: JSON) -> None:
         raise NotImplementedError
 
-    def finish(self, args: JSON, created: JSON) -> dict[str, JSON]:
-        """What a set call does once all its objects have succeeded; {id: what this changed}.
-        `created`: {creation id: id} of this request."""
-        return {}
-
 
 RIGHTS = "ReadItems AddItems RemoveItems SetSeen SetKeywords CreateChild Rename Delete Submit"
-MAILBOX_RIGHTS = {f"may{right}": True for right in re.findall(r"\w+", RIGHTS)}
+MAILBOX_RIGHTS = flags(f"may{right}" for right in RIGHTS.split())
+
+
+def unread(account: Account, box: Mailbox) -> int:
+    return sum("$seen" not in account.mails[mail_id].keywords for mail_id in box.mails)
 
 
 class Mailboxes(Kind):
@@ -786,9 +798,9 @@ class Mailboxes(Kind):
         "role": lambda _, box: box.role,
         "sortOrder": lambda _, box: box.sort_order,
         "totalEmails": lambda _, box: len(box.mails),
-        "unreadEmails": lambda _, box: box.unread,
+        "unreadEmails": unread,
         "totalThreads": lambda _, box: len(box.mails),
-        "unreadThreads": lambda _, box: box.unread,
+        "unreadThreads": unread,
         "isSubscribed": lambda _, box: box.is_subscribed,
         "myRights": lambda *_: MAILBOX_RIGHTS,
     }
@@ -797,10 +809,14 @@ class Mailboxes(Kind):
     def objects(self) -> Mapping[str, Mailbox]:
         return self.account.mailboxes
 
+    def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
+        if self.options.mailbox_query == "refuse" and (where or {}).keys() != {"role"}:
+            raise MethodError("invalidArguments", "only a filter by role is supported")
+        return super().search(where, sort)
+
     def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
         return {
             "name": lambda box: text_of(value).lower() in box.name.lower(),
-            "parentId": lambda box: box.parent_id == value,
             "role": lambda box: box.role == value,
         }
 
@@ -842,42 +858,60 @@ class Mailboxes(Kind):
         self.account.remove_mailbox(object_id)
 
 
+HEADER = re.compile(r"header:([^:]+)(:asText)?(:all)?")
+
+
 class Emails(Kind):
     name = "Email"
     capability = MAIL
+    verbs = Kind.verbs | {"import"}
     arguments = frozenset({"bodyProperties", "fetchTextBodyValues", "collapseThreads"})
     references = frozenset({"mailboxIds"})
-    unfilled = ("inReplyTo", "references", "sender", "cc", "bcc", "replyTo")
     properties: ClassVar = {
         "id": lambda _, mail: mail.id,
         "blobId": lambda _, mail: f"B{mail.id}",
-        "threadId": lambda _, mail: f"T{mail.id}",
+        "threadId": lambda _, mail: mail.thread_id,
         "mailboxIds": lambda _, mail: flags(mail.mailboxes),
         "keywords": lambda _, mail: flags(mail.keywords),
         "size": lambda _, mail: 1000 + len(mail.subject),
         "receivedAt": lambda _, mail: mail.received_at,
-        "sentAt": lambda _, mail: mail.received_at,
-        "messageId": lambda _, mail: [f"{mail.id}@mail.example"],
-        "from": lambda _, mail: address_objects(mail.sender),
+        "sentAt": lambda _, mail: mail.sent_at,
+        "messageId": lambda _, mail: [mail.message_id],
+        "inReplyTo": lambda _, mail: mail.references[-1:] or None,
+        "references": lambda _, mail: mail.references or None,
+        "from": lambda _, mail: mail.senders,
         "to": lambda account, _: [{"name": None, "email": account.address}],
         "subject": lambda _, mail: decoded(mail.subject),
         "hasAttachment": lambda *_: False,
         "preview": lambda _, mail: f"{mail.subject} ...",
-        "header:From": lambda _, mail: mail.sender and f" {mail.sender}",
-        **dict.fromkeys(unfilled, nothing),
+        **dict.fromkeys(("sender", "cc", "bcc", "replyTo"), nothing),
     }
     sorts: ClassVar = {
         "receivedAt": lambda mail: mail.received_at,
-        "from": lambda mail: sender_text(mail.sender).lower(),
+        "from": lambda mail: sender_text(mail).lower(),
         "subject": lambda mail: decoded(mail.subject).lower(),
     }
 
     def objects(self) -> Mapping[str, Mail]:
         return self.account.mails
 
+    def check(self, properties: Iterable[str]) -> None:
+        super().check(name for name in properties if not HEADER.fullmatch(name))
+
+    def value(self, item: Any, name: str) -> Any:
+        """A header (RFC 8621 section 4.1.3) raw or as text; of several the last, if not `:all`."""
+        if not (asked := HEADER.fullmatch(name)):
+            return super().value(item, name)
+        raw = [text for known, text in item.headers if known.lower() == asked[1].lower()]
+        texts = [decoded(text.strip()) if asked[2] else f" {text}" for text in raw]
+        return texts if asked[3] else texts[-1] if texts else None
+
+    def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
+        found, most = super().search(where, sort), self.options.max_filter_terms
+        return found if most is None or count_terms(where) <= most else found[::3]
+
     def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
         return {
-            "inMailboxOtherThan": lambda mail: mail.mailboxes.difference(value),
             "hasKeyword": lambda mail: value in mail.keywords,
             "notKeyword": lambda mail: value not in mail.keywords,
             "before": lambda mail: mail.received_at < text_of(value),
@@ -891,8 +925,8 @@ class Emails(Kind):
             if text_of(value) not in account.mailboxes:  # as Cyrus has it
                 raise MethodError("invalidArguments", f"no mailbox {value}")
             return among & account.mailboxes[value].mails
-        if name in ("from", "subject", "text"):
-            return self._text_search(name, text_of(value), among)
+        if name == "from":
+            return self._text_search(text_of(value), among)
         if name == "header":
             header, text = map(text_of, value)
             if header.lower() != "from":
@@ -900,23 +934,48 @@ class Emails(Kind):
             return among & account.by_raw_sender.containing(text)
         return super().condition(name, value, among)
 
-    def _text_search(self, name: str, text: str, among: Ids) -> Ids:
+    def _text_search(self, text: str, among: Ids) -> Ids:
         """Words or parts of words, anywhere in names and addresses, as far as the index got."""
         if self.options.from_search == "error":
             raise MethodError("serverFail", "no search index")
-        found: Ids = set()
-        if name != "subject":
-            found = among & self.account.by_sender.containing(*text.split())
-        mails, lower = self.account.mails, text.lower()
-        if name != "from":
-            found |= {key for key in among if lower in decoded(mails[key].subject).lower()}
-        return {key for key in found if self._indexed(mails[key])}
+        until = math.inf if self.options.index_until is None else self.options.index_until
+        latest = time.monotonic() - self.options.index_lag
+        found = self.account.by_sender.containing(*text.split())
+        mails = [self.account.mails[key] for key in among & found]
+        if self.options.from_search == "empty":
+            mails = []
+        return {mail.id for mail in mails if mail.modseq <= until and mail.arrived <= latest}
 
-    def _indexed(self, mail: Mail) -> bool:
-        until, lag = self.options.index_until, self.options.index_lag
-        has_index = self.options.from_search == "index"
-        arrived = (until is None or mail.modseq <= until) and time.monotonic() - mail.arrived >= lag
-        return has_index and arrived
+    def import_blob(self, item: JSON) -> JSON:
+        """RFC 8621 section 4.8, for a blob with the headers of a message."""
+        boxes, blob = item.get("mailboxIds") or {}, self.account.blobs.get(item.get("blobId", ""))
+        bad = (
+            []
+            if boxes and is_id_set(boxes) and boxes.keys() <= self.account.mailboxes.keys()
+            else ["mailboxIds"]
+        )
+        if bad or blob is None:
+            raise SetError("invalidProperties", properties=bad or ["blobId"])
+        message = email.message_from_bytes(blob)
+        texts = {name.lower(): " ".join(str(text).split()) for name, text in message.items()}
+        try:
+            sent_at = parsedate_to_datetime(texts["date"]).isoformat()
+        except (KeyError, ValueError):
+            sent_at = None
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        mail_id = self.account.deliver(
+            texts.get("from"),
+            boxes,
+            subject=texts.get("subject", ""),
+            received_at=item.get("receivedAt") or now,
+            sent_at=sent_at,
+            keywords=item.get("keywords") or (),
+            headers={name: list(map(str, message.get_all(name, ()))) for name in message},
+            message_id=texts.get("message-id", "").strip("<>"),
+            in_reply_to=texts.get("in-reply-to", "").strip("<>"),
+        )
+        made = self.render(self.account.mails[mail_id], ["blobId", "threadId"])
+        return {**made, "size": len(blob)}
 
     def update(self, object_id: str, patch: JSON) -> None:
         """Only `mailboxIds` and `keywords` of a mail may change (RFC 8621 section 4.6)."""
@@ -947,14 +1006,16 @@ class Identities(Kind):
     capability = SUBMISSION
     verbs = frozenset({"get"})
     properties: ClassVar = {
-        "id": lambda *_: "I1",
-        "name": lambda *_: "Alice",
-        "email": lambda account, _: account.address,
+        "id": lambda _, identity: identity["id"],
+        "name": lambda _, identity: identity.get("name", "Alice"),
+        "email": lambda _, identity: identity["email"],
         "mayDelete": lambda *_: False,
     }
 
-    def objects(self) -> Mapping[str, Any]:
-        return {"I1": None}
+    def objects(self) -> Mapping[str, JSON]:
+        known = self.options.identities
+        given = [{"email": self.account.address}] if known is None else known
+        return {f"I{n}": {"id": f"I{n}", **identity} for n, identity in enumerate(given, 1)}
 
 
 class Books(Kind):
@@ -968,25 +1029,20 @@ class Books(Kind):
         "sortOrder": lambda *_: 0,
         "isDefault": lambda _, book: book.is_default,
         "isSubscribed": lambda *_: True,
-        "myRights": lambda *_: flags(["mayRead", "mayWrite", "mayShare", "mayDelete"]),
+        "myRights": lambda _, book: {
+            "mayRead": True,
+            **dict.fromkeys(("mayWrite", "mayShare", "mayDelete"), book.may_write),
+        },
     }
 
     def objects(self) -> Mapping[str, Book]:
         return self.account.books
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
 def is_map_of(required: str, value: object) -> bool:
     """A map of RFC 9553 Ids to objects that have this text property."""
     return isinstance(value, dict) and all(
-        re.fullmatch(r"[\w-]{1,255}", key) and is_object(item) and is_text(item.get(required))
+        re.fullmatch(r"[\w-]{1,255}", key) and is_a(dict, item) and is_a(str, item.get(required))
         for key, item in value.items()
     )
 
@@ -995,42 +1051,36 @@ def is_name(value: object) -> bool:
     """RFC 9553 section 2.2.1: a full name, or components of a kind and a value, or both."""
     if not isinstance(value, dict) or not value.keys() & {"full", "components"}:
         return False
-    texts = [value.get("full", "")]
-    for part in value.get("components", []):
-        texts += [part.get("kind"), part.get("value")]
-    return all(map(is_text, texts))
+    parts = value.get("components", [])
+    texts = [value.get("full", ""), *(part.get(key) for part in parts for key in ("kind", "value"))]
+    return all(is_a(str, text) for text in texts)
 
 
-CARD_OBJECTS = (
-    "organizations nicknames titles onlineServices phones addresses cryptoKeys directories links "
-    "media anniversaries personalInfo speakToAs preferredLanguages calendars schedulingAddresses "
-    "relatedTo localizations"
-)
+def is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind)
+
+
 CARD_KINDS = ("individual", "group", "org", "location", "device", "application")
+CARD_REQUIRED = ("@type", "version", "addressBookIds")
 CARD_RULES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("id", "uid", "created", "updated", "prodId", "language"), is_text),
-    **dict.fromkeys(re.findall(r"\w+", CARD_OBJECTS), is_object),
+    **dict.fromkeys(("id", "uid", "created", "updated"), partial(is_a, str)),
+    **dict.fromkeys(("organizations", "nicknames", "phones", "addresses"), partial(is_a, dict)),
     "@type": lambda value: value == "Card",
     "version": lambda value: value == "1.0",
     "addressBookIds": lambda value: is_id_set(value) and bool(value),
-    "kind": lambda value: value in CARD_KINDS,
+    "kind": CARD_KINDS.__contains__,
     "name": is_name,
     "emails": partial(is_map_of, "address"),
     "notes": partial(is_map_of, "note"),
     "members": is_id_set,
     "keywords": is_id_set,
 }
-CARD_REQUIRED = ("@type", "version", "addressBookIds")
 
 
 class Cards(Kind):
     name = "ContactCard"
     capability = CONTACTS
     references = frozenset({"addressBookIds"})
-    sorts: ClassVar = {
-        "created": lambda card: card.get("created", ""),
-        "updated": lambda card: card.get("updated", ""),
-    }
 
     def objects(self) -> Mapping[str, JSON]:
         return self.account.cards
@@ -1047,15 +1097,10 @@ class Cards(Kind):
         return [] if broken else super().search(where, sort)
 
     def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
-        def has_text(part: object) -> bool:
-            return text_of(value).lower() in json.dumps(part, ensure_ascii=False).lower()
-
         return {
             "kind": lambda card: card.get("kind", "individual") == value,
-            "inAddressBook": lambda card: value in card["addressBookIds"],
-            "name": lambda card: has_text(card.get("name")),
-            "text": has_text,
-            "hasMember": lambda card: value in self._members_found(card),
+            "inAddressBook": lambda card: value in (card.get("addressBookIds") or ()),
+            "hasMember": lambda card: value in (card.get("members") or ()),
         }
 
     def condition(self, name: str, value: Any, among: Ids) -> Ids:
@@ -1067,19 +1112,7 @@ class Cards(Kind):
             return among & {account.by_uid.get(text_of(value), "")}
         if name == "kind" and value == "group":
             return among & account.groups
-        if name == "hasMember" and self.options.has_member == "error":
-            raise MethodError("unsupportedFilter", name)
-        if name == "hasMember" and self.options.has_member == "everything":
-            return among
-        if name == "hasMember":
-            among = among & account.groups if self.options.has_member != "empty" else set()
         return super().condition(name, value, among)
-
-    def _members_found(self, card: JSON) -> Iterable[str]:
-        """Those in the index, which has them from the first search on if it is "late"."""
-        members = card.get("members", {})
-        late = self.options.has_member == "late"
-        return self.account.indexed.setdefault(card["id"], [*members]) if late else members
 
     def create(self, item: JSON) -> JSON:
         self._validate(item, item.keys() | set(CARD_REQUIRED), {})
@@ -1089,125 +1122,41 @@ class Cards(Kind):
     def update(self, object_id: str, patch: JSON) -> None:
         card = self.account.cards[object_id]
         patched = apply_patch(card, patch)
+        self._check_rights(card)
         if patched != card:
             self._validate(patched, {pointer_parts(path)[0] for path in patch}, card)
             self.account.put_card(patched)
 
     def _validate(self, card: JSON, changed: Iterable[str], old: JSON) -> None:
-        """RFC 9553 and 9610: what must be there is, what is there is right, ids are not changed."""
+        """RFC 9553 and 9610: what must be there is, what is there is right, ids are not changed.
+        What was wrong before and is not touched may stay so."""
+        books = self.account.books.keys()
         bad = {name for name in changed if name not in CARD_RULES and ":" not in name}
         given = {name for name in changed if name in CARD_RULES and name in card}
         bad |= {name for name in given if not CARD_RULES[name](card[name])}
-        bad |= {name for name in CARD_REQUIRED if name not in card}
-        bad |= {name for name in ("id", "uid") if old and card.get(name) != old[name]}
-        if not old:
-            bad |= {"id"} & card.keys() | (
-                {"uid"} if card.get("uid") in self.account.by_uid else set()
-            )
-        if (
-            "addressBookIds" not in bad
-            and not card["addressBookIds"].keys() <= self.account.books.keys()
-        ):
+        bad |= {name for name in CARD_REQUIRED if name in changed and name not in card}
+        if old:
+            bad |= {name for name in ("id", "uid") if card.get(name) != old.get(name)}
+        else:
+            bad |= {"id"} & card.keys()
+            bad |= {"uid"} if card.get("uid") in self.account.by_uid else set()
+        if "addressBookIds" in given - bad and not card["addressBookIds"].keys() <= books:
             bad.add("addressBookIds")
         if bad:
             raise SetError("invalidProperties", properties=sorted(bad))
+        self._check_rights(card)
+
+    def _check_rights(self, card: JSON) -> None:
+        books = [self.account.books.get(key) for key in card.get("addressBookIds") or ()]
+        if any(book and not book.may_write for book in books):
+            raise SetError("forbidden", "the address book may only be read")
 
     def destroy(self, object_id: str, args: JSON) -> None:
+        self._check_rights(self.account.cards[object_id])
         self.account.remove_card(object_id)
 
 
-class Scripts(Kind):
-    """RFC 9661. The text of a script is a blob."""
-
-    name = "SieveScript"
-    capability = SIEVE
-    verbs = frozenset({"get", "query", "set", "validate"})
-    arguments = frozenset({"onSuccessActivateScript", "onSuccessDeactivateScript"})
-    properties: ClassVar = {
-        "id": lambda _, script: script.id,
-        "name": lambda _, script: script.name,
-        "blobId": lambda _, script: script.blob_id,
-        "isActive": lambda _, script: script.is_active,
-    }
-    sorts: ClassVar = {"name": lambda script: script.name, "isActive": lambda one: one.is_active}
-
-    def objects(self) -> Mapping[str, Script]:
-        return self.account.scripts
-
-    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
-        return {
-            "name": lambda script: text_of(value) in script.name,
-            "isActive": lambda script: script.is_active is value,
-        }
-
-    def limit(self, name: str) -> int:
-        return self.options.sieve_limits.get(name, SIEVE_LIMITS[name])
-
-    def create(self, item: JSON) -> JSON:
-        if len(self.account.scripts) >= self.limit("maxNumberScripts"):
-            raise SetError("overQuota", "too many scripts")
-        draft = Script("", "", "")
-        self._write(draft, {"name": None, "blobId": None, **item})
-        script_id = self.account.add_sieve_script(
-            draft.name, self.account.blobs[draft.blob_id].decode(), active=False
-        )
-        made = self.render(self.account.scripts[script_id], None)
-        return {key: value for key, value in made.items() if item.get(key) != value}
-
-    def update(self, object_id: str, patch: JSON) -> None:
-        script = replace(self.account.scripts[object_id])
-        self._write(script, patch)
-        if script != self.account.scripts[object_id]:
-            self.account.put_script(script)
-
-    def _write(self, script: Script, values: JSON) -> None:
-        """Sets what may be set; a name of null is one of the server's choice."""
-        bad = [key for key in values if key not in ("name", "blobId")]
-        name = values.get("name", script.name)
-        name = f"script-{len(self.account.blobs)}" if name is None else name
-        blob_id = values.get("blobId", script.blob_id)
-        if not is_text(name) or not 0 < len(name.encode()) <= self.limit("maxSizeScriptName"):
-            bad.append("name")
-        if not is_text(blob_id):
-            bad.append("blobId")
-        if bad:
-            raise SetError("invalidProperties", properties=bad)
-        for other in self.account.scripts.values():
-            if other.name == name and other.id != script.id:
-                raise SetError("alreadyExists", existingId=other.id)
-        self.check_blob(blob_id)
-        script.name, script.blob_id = name, blob_id
-
-    def check_blob(self, blob_id: str) -> None:
-        """Raises SetError unless the blob is a script that this server takes."""
-        data = self.account.blobs.get(blob_id)
-        if data is None:
-            raise SetError("blobNotFound", notFound=[blob_id])
-        if len(data) > self.limit("maxSizeScript"):
-            raise SetError("tooLarge")
-        try:
-            check_script(data.decode(), self.options.sieve_extensions)
-        except (SieveError, ValueError) as error:
-            raise SetError("invalidSieve", str(error)) from None
-
-    def destroy(self, object_id: str, args: JSON) -> None:
-        if self.account.scripts[object_id].is_active:
-            raise SetError("sieveIsActive")
-        self.account.remove_script(object_id)
-
-    def finish(self, args: JSON, created: JSON) -> dict[str, JSON]:
-        """Section 2.4: an id that is none leaves the active script as it is."""
-        wanted = args.get("onSuccessActivateScript") or ""
-        wanted = created.get(wanted[1:], "") if wanted.startswith("#") else wanted
-        changed = []
-        if wanted in self.account.scripts:
-            changed = self.account.activate(wanted)
-        elif args.get("onSuccessDeactivateScript"):
-            changed = self.account.activate(None)
-        return {script.id: {"isActive": script.is_active} for script in changed}
-
-
-KINDS: tuple[type[Kind], ...] = (Mailboxes, Emails, Identities, Books, Cards, Scripts)
+KINDS: tuple[type[Kind], ...] = (Mailboxes, Emails, Identities, Books, Cards)
 
 
 # -------------------------------------------------------------------------------- one API request
@@ -1236,47 +1185,49 @@ def evaluate(value: Any, parts: list[str]) -> Any:
     return evaluate(value[int(head)] if isinstance(value, list) else value[head], rest)
 
 
+SET_OUTCOMES = ("created", "updated", "destroyed", "notCreated", "notUpdated", "notDestroyed")
+PAGE = ("filter", "sort", "position", "anchor", "anchorOffset", "limit", "calculateTotal")
+ARGUMENTS = {
+    "get": {"accountId", "ids", "properties"},
+    "changes": {"accountId", "sinceState", "maxChanges"},
+    "query": {"accountId", *PAGE},
+    "set": {"accountId", "ifInState", "create", "update", "destroy"},
+    "import": {"accountId", "ifInState", "emails"},
+}
+
+
 class Run:
     """One API request: its calls in order, with result references and creation ids."""
 
     def __init__(self, server: JMAPServer, body: Any, fault: Fault) -> None:
         self.server, self.fault = server, fault
         self.account, self.options = server.account, server.options
+        self.created: dict[str, str] = {}
+        self.replies: list[list[Any]] = []
         try:
             self.using, self.calls = body["using"], body["methodCalls"]
-            self.created: dict[str, str] = dict(body.get("createdIds") or {})
-            self.tells_created = "createdIds" in body
-            well_formed = all(
-                isinstance(name, str) and isinstance(args, dict) and isinstance(call_id, str)
-                for name, args, call_id in self.calls
-            )
-        except (AttributeError, KeyError, TypeError, ValueError):
-            well_formed = False
-        if not well_formed:
+            types = [(type(name), type(args), type(tag)) for name, args, tag in self.calls]
+        except (KeyError, TypeError, ValueError):
+            types = [(list,) * 3]
+        if any(found != (str, dict, str) for found in types):
             raise ProblemError("notRequest", "not a Request object")
-        self._check_capabilities()
-        self.replies: list[list[Any]] = []
-
-    def _check_capabilities(self) -> None:
-        offered = self.server.capabilities()
-        if unknown := [name for name in self.using if name not in offered]:
+        if unknown := [name for name in self.using if name not in server.capabilities()]:
             raise ProblemError("unknownCapability", f"unknown capability {unknown[0]}")
-        if len(self.calls) > self.server.limit("maxCallsInRequest"):
+        if len(self.calls) > server.limit("maxCallsInRequest"):
             raise ProblemError("limit", limit="maxCallsInRequest")
 
     def answer(self) -> JSON:
-        for name, args, call_id in self.calls:
+        for name, args, tag in self.calls:
             if self.fault.before_call:
                 self.fault.before_call(name, args)
             try:
-                if error := self.fault.errors.get(call_id) or self.fault.errors.get(name):
-                    self.replies.append(["error", error, call_id])
+                if error := self.fault.errors.get(tag) or self.fault.errors.get(name):
+                    self.replies.append(["error", error, tag])
                 else:
-                    self.replies.append([name, self._call(name, args), call_id])
+                    self.replies.append([name, self._call(name, args), tag])
             except MethodError as failure:
-                self.replies.append(["error", failure.body, call_id])
-        reply: JSON = {"methodResponses": self.replies, "sessionState": self.server.session_state()}
-        return reply | ({"createdIds": self.created} if self.tells_created else {})
+                self.replies.append(["error", failure.body, tag])
+        return {"methodResponses": self.replies, "sessionState": self.server.session()["state"]}
 
     def _call(self, name: str, raw_args: JSON) -> JSON:
         args = self._with_results(raw_args)
@@ -1290,22 +1241,20 @@ class Run:
             raise MethodError("invalidArguments", "accountId is missing")
         if args["accountId"] != self.account.id:
             raise MethodError("accountNotFound")
-        known = ARGUMENTS[verb] | kind.arguments
-        if unknown := [key for key in args if key not in known]:
+        if unknown := args.keys() - ARGUMENTS[verb] - kind.arguments:
             raise MethodError("invalidArguments", f"unknown arguments: {unknown}")
-        methods = {"get": self._get, "query": self._query, "set": self._set}
-        methods["validate"] = self._validate
-        reply = methods.get(verb, self._changes)(kind, args)
-        return {"accountId": self.account.id, **reply}
+        methods = {"get": self._get, "query": self._query, "changes": self._changes}
+        methods |= {"set": self._set, "import": self._import}
+        return {"accountId": self.account.id, **methods[verb](kind, args)}
 
     def _with_results(self, args: JSON) -> JSON:
         """The arguments with `#name` replaced by what it refers to (RFC 8620 section 3.7)."""
-        resolved = {}
-        for key, value in args.items():
-            if key.startswith("#") and key[1:] in args:
-                raise MethodError("invalidArguments", f"{key[1:]} twice")
-            resolved[key.removeprefix("#")] = self._result(value) if key[:1] == "#" else value
-        return resolved
+        if any("#" + key in args for key in args):
+            raise MethodError("invalidArguments", "an argument and a reference of the same name")
+        return {
+            key.removeprefix("#"): self._result(value) if key.startswith("#") else value
+            for key, value in args.items()
+        }
 
     def _result(self, reference: Any) -> Any:
         try:
@@ -1316,39 +1265,32 @@ class Run:
         except (LookupError, StopIteration, TypeError, ValueError) as problem:
             raise MethodError("invalidResultReference", repr(problem)) from None
 
-    def _resolved(self, object_id: str) -> str:
-        """The id a creation id stands for; itself if it is none (RFC 8620 section 5.3)."""
-        if object_id.startswith("#"):
-            return self.created.get(object_id[1:], object_id)
-        return object_id
+    def _resolved(self, value: Any) -> Any:
+        """Creation ids replaced by what they stand for, also in paths (RFC 8620 section 5.3)."""
+        if isinstance(value, dict):
+            return {self._resolved(key): self._resolved(inner) for key, inner in value.items()}
+        if not isinstance(value, str) or "#" not in value:
+            return value
+        path, _, name = value.rpartition("#")
+        return path + self.created[name] if name in self.created else value
 
-    def _resolved_patch(self, kind: Kind, patch: Any) -> JSON:
-        if not isinstance(patch, dict):
+    def _resolved_item(self, kind: Kind, item: Any) -> JSON:
+        """A patch, or an object to create."""
+        if not isinstance(item, dict):
             raise MethodError("invalidArguments", "a patch must be an object")
-        if not self.created:
-            return patch
-        resolved: JSON = {}
-        for path, value in patch.items():
-            top, slash, rest = path.partition("/")
-            if top in kind.references:
-                path = top + slash + self._resolved(rest)
-                if isinstance(value, dict):
-                    value = {self._resolved(key): flag for key, flag in value.items()}
-                elif isinstance(value, str):
-                    value = self._resolved(value)
-            resolved[path] = value
-        return resolved
+        refers = {path: path.partition("/")[0] in kind.references for path in item}
+        plain = {path: value for path, value in item.items() if not refers[path]}
+        return {**plain, **self._resolved({path: item[path] for path in item if refers[path]})}
 
     def _get(self, kind: Kind, args: JSON) -> JSON:
-        kind.check(args.get("properties") or ())
-        objects = kind.objects()
+        objects, properties = kind.objects(), args.get("properties")
+        kind.check(properties or ())
         ids = list(objects) if args.get("ids") is None else args["ids"]
         if not isinstance(ids, list) or not all(isinstance(key, str) for key in ids):
             raise MethodError("invalidArguments", "ids must be a list of ids")
         if len(ids) > self.server.limit("maxObjectsInGet"):
             raise MethodError("requestTooLarge")
-        ids = list(dict.fromkeys(self._resolved(key) for key in ids))
-        properties = args.get("properties")
+        ids = list(dict.fromkeys(map(self._resolved, ids)))
         return {
             "state": self.account.state(kind.name),
             "list": [kind.render(objects[key], properties) for key in ids if key in objects],
@@ -1376,21 +1318,23 @@ class Run:
 
     def _query(self, kind: Kind, args: JSON) -> JSON:
         """RFC 8620 section 5.5. The whole result is found first, then the page is cut from it."""
-        ids = kind.search(args.get("filter"), args.get("sort") or [])
+        ids, sparse = (
+            kind.search(args.get("filter"), args.get("sort") or []),
+            self.options.sparse_replies,
+        )
         start = self._start(ids, args)
         limit, cap = args.get("limit"), self.options.max_query_limit
         if limit is not None and (not isinstance(limit, int) or limit < 0):
             raise MethodError("invalidArguments", "limit")
         lowered = cap is not None and (limit is None or limit > cap)
-        page = ids[start:][: cap if lowered else limit]
-        return {
+        reply = {
             "queryState": self.account.state(kind.name),
             "canCalculateChanges": False,
-            "position": start,
-            "ids": page,
-            **({"total": len(ids)} if args.get("calculateTotal") else {}),
-            **({"limit": cap} if lowered else {}),
+            "ids": ids[start:][: cap if lowered else limit],
         }
+        reply |= {"total": None} if sparse else {"position": start}
+        reply |= {"total": len(ids)} if args.get("calculateTotal") else {}
+        return reply | ({"limit": cap} if lowered else {})
 
     def _start(self, ids: list[str], args: JSON) -> int:
         if (anchor := args.get("anchor")) is not None:
@@ -1402,8 +1346,11 @@ class Run:
             raise MethodError("invalidArguments", "position")
         return position if position >= 0 else max(0, len(ids) + position)
 
-    def _set(self, kind: Kind, args: JSON) -> JSON:
-        """RFC 8620 section 5.3: every object by itself succeeds or fails; nothing is null."""
+    def _import(self, kind: Any, args: JSON) -> JSON:
+        return self._set(kind, {"create": args.get("emails"), **args}, kind.import_blob)
+
+    def _set(self, kind: Kind, args: JSON, make: Callable[[JSON], JSON] | None = None) -> JSON:
+        """RFC 8620 section 5.3: every object by itself succeeds or fails; what is empty is null."""
         create, update = args.get("create") or {}, args.get("update") or {}
         if not isinstance(create, dict) or not isinstance(update, dict):
             raise MethodError("invalidArguments", "create and update are objects")
@@ -1417,70 +1364,37 @@ class Run:
             raise MethodError("requestTooLarge")
         if args.get("ifInState") not in (None, old_state):
             raise MethodError("stateMismatch")
-        done: dict[str, JSON] = {verb: {} for verb in SET_OUTCOMES}
+        done: dict[str, Any] = {outcome: {} for outcome in SET_OUTCOMES}
         for verb, key, value in tasks:
             try:
-                done[verb.lower()] |= self._change(kind, verb, key, value)
+                done[verb.lower()] |= self._change(kind, verb, key, value, make or kind.create)
             except SetError as failure:
                 done[f"not{verb}"][key] = failure.body
-        self._finish(kind, args, done)
-        told: JSON = {**done, "destroyed": list(done["destroyed"])}
+        done["destroyed"] = list(done["destroyed"])
         reply: JSON = {"oldState": old_state, "newState": self.account.state(kind.name)}
-        reply |= {key: value or None for key, value in told.items()}
+        reply |= {key: value or None for key, value in done.items()}
         if reply["newState"] != old_state:
-            self.server.note_write(Write(f"{kind.name}/set", args, reply))
+            self.server.note_write(Write(f"{kind.name}/{'import' if make else 'set'}", args, reply))
         return reply
 
-    def _finish(self, kind: Kind, args: JSON, done: dict[str, JSON]) -> None:
-        """What a set call does at the end, told where the objects are told."""
-        if any(done[outcome] for outcome in done if outcome.startswith("not")):
-            return
-        by_id = {made["id"]: made for made in done["created"].values()}
-        for object_id, changed in kind.finish(args, self.created).items():
-            if object_id in by_id:
-                by_id[object_id] |= changed
-            else:
-                done["updated"][object_id] = changed
-
-    def _validate(self, kind: Kind, args: JSON) -> JSON:
-        """RFC 9661 section 2.6."""
-        if not isinstance(kind, Scripts) or not is_text(args.get("blobId")):
-            raise MethodError("invalidArguments", "blobId")
-        try:
-            kind.check_blob(args["blobId"])
-        except SetError as failure:
-            if failure.body["type"] == "blobNotFound":
-                raise MethodError("blobNotFound", notFound=[args["blobId"]]) from None
-            return {"error": failure.body}
-        return {"error": None}
-
-    def _change(self, kind: Kind, verb: str, key: str, value: Any) -> JSON:
+    def _change(
+        self, kind: Kind, verb: str, key: str, value: Any, make: Callable[[JSON], JSON]
+    ) -> JSON:
         """One object's creation, update or destruction, as it is reported."""
         if refused := self.fault.refuse.get(key) or self.fault.refuse.get("*"):
             raise SetError(refused["type"], **{k: v for k, v in refused.items() if k != "type"})
         if verb == "Created":
-            made = kind.create(self._resolved_patch(kind, value))
+            made = make(self._resolved_item(kind, value))
             self.created[key] = made["id"]
             return {key: made}
         object_id = self._resolved(key)
         if object_id not in kind.objects():
             raise SetError("notFound")
         if verb == "Updated":
-            kind.update(object_id, self._resolved_patch(kind, value))
+            kind.update(object_id, self._resolved_item(kind, value))
         else:
             kind.destroy(object_id, value)
         return {object_id: None}
-
-
-SET_OUTCOMES = ("created", "updated", "destroyed", "notCreated", "notUpdated", "notDestroyed")
-PAGE = ("filter", "sort", "position", "anchor", "anchorOffset", "limit", "calculateTotal")
-ARGUMENTS = {
-    "get": frozenset({"accountId", "ids", "properties"}),
-    "changes": frozenset({"accountId", "sinceState", "maxChanges"}),
-    "query": frozenset({"accountId", *PAGE}),
-    "set": frozenset({"accountId", "ifInState", "create", "update", "destroy"}),
-    "validate": frozenset({"accountId", "blobId"}),
-}
 
 
 # ------------------------------------------------------------------------------------------ HTTP
@@ -1503,31 +1417,19 @@ class Request:
         url = urllib.parse.urlsplit(self.target)
         self.path = url.path
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        start = next((key for key in (EVENT_PATH, UPLOAD_PATH) if self.path.startswith(key)), None)
+        self.kind = PATHS.get(start or self.path, "other")
         self.size = len(self.body)
-        try:
-            self.json = json.loads(self.body) if self.kind == "api" else None
-        except ValueError:
-            self.json = None
-
-    @property
-    def kind(self) -> str:
-        """One of "session", "well-known", "api", "stream", "upload", "download", "other"."""
-        starts = {EVENT_PATH: "stream", UPLOAD_PATH: "upload", DOWNLOAD_PATH: "download"}
-        for start, kind in starts.items():
-            if self.path.startswith(start):
-                return kind
-        paths = {SESSION_PATH: "session", API_PATH: "api", WELL_KNOWN_PATH: "well-known"}
-        return paths.get(self.path, "other")
+        self.json: Any = None
+        if self.kind == "api":
+            with suppress(ValueError):
+                self.json = json.loads(self.body)
 
     @property
     def calls(self) -> list[tuple[str, JSON]]:
         """Name and arguments of every method call, as they were sent."""
         body = self.json if isinstance(self.json, dict) else {}
         return [(call[0], call[1]) for call in body.get("methodCalls", [])]
-
-    @property
-    def keeps_alive(self) -> bool:
-        return self.headers.get("connection", "").lower() != "close"
 
     @property
     def methods(self) -> list[str]:
@@ -1552,7 +1454,7 @@ class Reply:
 
     @classmethod
     def of_json(cls, value: Any, status: int = 200) -> Reply:
-        kind = "application/json" if status == 200 else "application/problem+json"
+        kind = "application/json" if status < 400 else "application/problem+json"
         return cls(status, json.dumps(value).encode(), {"Content-Type": kind})
 
 
@@ -1560,34 +1462,20 @@ class Connection:
     """A client's socket, with as much of HTTP/1.1 as the clients of a JMAP server need."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._unread = b""
+        self.sock, self._file = sock, sock.makefile("rb")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     def read_request(self) -> Request | None:
         """The next request; None when the client has gone."""
-        while b"\r\n\r\n" not in self._unread:
-            if not self._read_more():
-                return None
-        head, _, self._unread = self._unread.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        method, target, _version = first.split(" ")
-        pairs = (line.partition(":") for line in lines)
+        lines = itertools.takewhile(bytes.strip, iter(self._file.readline, b""))
+        first, *fields = [line.decode("latin-1") for line in lines] or [""]
+        pairs = (line.partition(":") for line in fields)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
-        size = int(headers.get("content-length", 0))
-        parts = [self._unread]
-        while (missing := size - sum(map(len, parts))) > 0:
-            parts.append(self.sock.recv(min(missing, 1 << 20)))
-            if not parts[-1]:
-                return None
-        whole = b"".join(parts)
-        self._unread = whole[size:]
-        return Request(method, target, headers, whole[:size])
-
-    def _read_more(self) -> bool:
-        data = self.sock.recv(65536)
-        self._unread += data
-        return bool(data)
+        body = self._file.read(size := int(headers.get("content-length", 0)))
+        if not first or len(body) < size:
+            return None
+        method, target, _version = first.split(" ")
+        return Request(method, target, headers, body)
 
     def send(self, reply: Reply, fault: Fault) -> None:
         """Head and body go out together: apart they are two packets, and slow."""
@@ -1596,27 +1484,27 @@ class Connection:
         reason = http.client.responses.get(reply.status, "Unknown")
         fields = "".join(f"{k}: {v}\r\n" for k, v in (framing | reply.headers).items())
         head = f"HTTP/1.1 {reply.status} {reason}\r\n{fields}\r\n".encode("latin-1")
-        self.sock.sendall(head if fault.slow else head + body[: fault.truncate])
+        self.sock.sendall(head + body[: fault.truncate])
         if reply.takes_over:
             reply.takes_over(self)
-        elif fault.slow:
-            for byte in body:
-                self.sock.sendall(bytes([byte]))
-                gevent.sleep(fault.slow)
         elif not isinstance(reply.body, bytes):
             for piece in reply.body:
                 self.sock.sendall(piece)
 
     def wait_for_end(self) -> None:
         """Blocks until the client has gone."""
-        while self._read_more():
-            self._unread = b""
+        while self.sock.recv(65536):
+            pass
+
+    def close(self) -> None:
+        """A socket is closed for good only when its file is."""
+        self._file.close()
+        self.sock.close()
 
     def abort(self) -> None:
         """Ends the connection at once, so that the client sees a reset and not a clean end."""
-        linger = struct.pack("ii", 1, 0)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.sock.close()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
 
 
 # -------------------------------------------------------------------------------- event streams
@@ -1627,17 +1515,12 @@ class Stream:
 
     def __init__(self, server: JMAPServer, request: Request) -> None:
         self.server, self.account, self.options = server, server.account, server.options
-        query = request.query
-        types, ping = query.get("types", "*"), query.get("ping", "0")
-        if query.get("closeafter", "no") not in ("state", "no") or not ping.isdigit():
-            raise ProblemError("notRequest", "closeafter or ping")
+        types, ping = request.query.get("types", "*"), request.query.get("ping", "0")
+        if not ping.isdigit():
+            raise ProblemError("notRequest", "ping")
         offered = self.options.push_types
         self.types = offered if types == "*" else offered & set(types.split(","))
-        self.closes_after_state = query.get("closeafter") == "state"
-        least, most = self.options.ping_bounds
-        self.interval = min(max(int(ping), least), most) if int(ping) else 0
-        last_id = request.headers.get("last-event-id", "") if self.options.event_ids else ""
-        self.seen = int(last_id) if last_id.isdigit() else self.account.modseq
+        self.interval = int(ping)
         self.hung = False
         self._outbox: Queue[dict[str, int] | bytes | None] = Queue()
 
@@ -1648,9 +1531,8 @@ class Stream:
         return Reply(200, headers=headers, takes_over=self._run)
 
     def push(self, news: dict[str, int]) -> None:
-        """Listens to the account. What the client has seen (or will, it says) is no news."""
-        wanted = {key: modseq for key, modseq in news.items() if key in self.types}
-        if any(modseq > self.seen for modseq in wanted.values()):
+        """Listens to the account."""
+        if wanted := {key: modseq for key, modseq in news.items() if key in self.types}:
             self._outbox.put(wanted)
 
     def send(self, data: bytes | None) -> None:
@@ -1682,15 +1564,14 @@ class Stream:
         self.send(None)
 
     def _talk(self) -> None:
-        present = {key: self.account.histories[key].modseq for key in sorted(self.types)}
-        if self.options.connect_event:
+        options, life = self.options, self.options.closes_streams_after
+        if options.connect_event or life is not None:
+            present = {key: self.account.histories[key].modseq for key in sorted(self.types)}
             self._send_state(present, "connect")
-        else:
-            self.push({key: modseq for key, modseq in present.items() if modseq > self.seen})
-        end = time.monotonic() + (self.options.stream_life or FOREVER)
+        end = time.monotonic() + (options.stream_life or FOREVER if life is None else life)
         while self._send_next(end):
             pass
-        if self.options.chunked:
+        if options.chunked:
             self._connection.sock.sendall(b"0\r\n\r\n")
 
     def _send_next(self, end: float) -> bool:
@@ -1710,7 +1591,7 @@ class Stream:
         elif item is not None:
             gevent.sleep(self.options.push_delay)
             self._send_state(self._coalesced(item), "change")
-        return item is not None and not (self.closes_after_state and isinstance(item, dict))
+        return item is not None
 
     def _coalesced(self, news: dict[str, int]) -> dict[str, int]:
         while self.options.coalesce and self._outbox.qsize():
@@ -1723,7 +1604,8 @@ class Stream:
     def _send_state(self, news: dict[str, int], occasion: str) -> None:
         states = {key: f"J{modseq}" for key, modseq in news.items()}
         told: JSON = {"changed": {self.account.id: states}}
-        manner = {"type": occasion} if self.options.connect_event else {"@type": "StateChange"}
+        has_occasions = self.options.connect_event or occasion == "connect"
+        manner = {"type": occasion} if has_occasions else {"@type": "StateChange"}
         event_id = f"id: {max(news.values(), default=0)}\n" if self.options.event_ids else ""
         self._send_event(f"{event_id}event: state\ndata: {json.dumps(manner | told)}\n\n")
 
@@ -1800,9 +1682,8 @@ class JMAPServer:
     ) -> JMAPServer:
         options = options or Options()
         account = Account.for_mailroom(categories, id_is_uid=options.id_is_uid)
-        if options.groups_in_use:
-            for group in [*account.groups]:
-                account.put_card({**account.cards[group], "members": {BYSTANDER: True}})
+        for group in [*account.groups] if options.groups_in_use else []:
+            account.put_card({**account.cards[group], "members": {BYSTANDER: True}})
         return cls(options, account, **more)
 
     def __enter__(self) -> JMAPServer:
@@ -1870,57 +1751,36 @@ class JMAPServer:
         options = self.options
         core = LIMITS | options.limits | {"collationAlgorithms": ["i;ascii-casemap"]}
         offered = {MAIL: options.has_mail, SUBMISSION: options.has_submission}
-        offered |= {CONTACTS: options.has_contacts, SIEVE: options.sieve}
-        details = {SIEVE: {"implementation": "the embedded server"}}
-        names = (name for name, is_offered in offered.items() if is_offered)
-        return {CORE: core} | {name: details.get(name, {}) for name in names}
+        offered[CONTACTS] = options.has_contacts
+        return {CORE: core} | {name: {} for name, is_offered in offered.items() if is_offered}
 
     def session(self) -> JSON:
         """RFC 8620 section 2."""
-        sorts, most = sorted(Emails.sorts), self.options.max_mailboxes_per_email
+        options, capabilities = self.options, self.capabilities()
+        mail = {"maxMailboxesPerEmail": options.max_mailboxes_per_email}
         details: dict[str, JSON] = {
             CORE: {},
-            MAIL: {"maxMailboxesPerEmail": most, "emailQuerySortOptions": sorts},
+            MAIL: {**mail, "emailQuerySortOptions": sorted(Emails.sorts)},
             SUBMISSION: {"maxDelayedSend": 0, "submissionExtensions": {}},
             CONTACTS: {"maxAddressBooksPerCard": 1, "mayCreateAddressBook": False},
-            SIEVE: self._sieve_details(),
         }
-        capabilities = self.capabilities()
-        account: JSON = {"name": self.options.username, "isPersonal": True}
-        account["isReadOnly"] = self.options.read_only
+        account: JSON = {"name": options.username, "isPersonal": True}
+        account["isReadOnly"] = options.read_only
         account["accountCapabilities"] = {name: details[name] for name in capabilities}
         session = {
             "capabilities": capabilities,
             "accounts": {self.account.id: account},
             "primaryAccounts": dict.fromkeys(capabilities, self.account.id),
-            "username": self.options.username,
+            "username": options.username,
             "apiUrl": self._url(API_PATH),
-            "downloadUrl": self._url(DOWNLOAD_PATH + "{accountId}/{blobId}/{name}?accept={type}"),
+            "downloadUrl": self._url("/jmap/download/{accountId}/{blobId}/{name}?accept={type}"),
             "uploadUrl": self._url(UPLOAD_PATH + "{accountId}/"),
         }
-        if self.options.push is not None:
+        if options.push is not None:
             template = "?types={types}&closeafter={closeafter}&ping={ping}"
-            ending = template if self.options.event_template else ""
+            ending = template if options.event_template else ""
             session["eventSourceUrl"] = self._url(EVENT_PATH + ending)
         return session | {"state": format(zlib.crc32(json.dumps(session).encode()), "x")}
-
-    def _sieve_details(self) -> JSON:
-        """RFC 9661 section 1.2.1."""
-        offered = self.options.sieve_extensions
-        has_lists = "extlists" in offered
-        return (
-            SIEVE_LIMITS
-            | self.options.sieve_limits
-            | {
-                "maxNumberRedirects": None,
-                "sieveExtensions": list(offered),
-                "notificationMethods": None,
-                "externalLists": ["urn:ietf:params:sieve:addrbook"] if has_lists else None,
-            }
-        )
-
-    def session_state(self) -> str:
-        return str(self.session()["state"])
 
     def _url(self, path: str) -> str:
         return path if self.options.relative_urls else self.origin + path
@@ -1932,12 +1792,12 @@ class JMAPServer:
         with suppress(OSError):
             if self._ssl_context:
                 sock = self._ssl_context.wrap_socket(sock, server_side=True)
+            connection = Connection(sock)
             try:
-                connection = Connection(sock)
                 while self._exchange(connection):
                     pass
             finally:
-                sock.close()
+                connection.close()
 
     def _exchange(self, connection: Connection) -> bool:
         """One request and what is to become of it; False when the connection ends."""
@@ -1966,7 +1826,8 @@ class JMAPServer:
         request.status = reply.status
         request.answered = len(reply.body) if isinstance(reply.body, bytes) else 0
         connection.send(reply, fault)
-        return reply.is_whole and fault.truncate is None and request.keeps_alive
+        keeps_alive = request.headers.get("connection", "").lower() != "close"
+        return reply.is_whole and fault.truncate is None and keeps_alive
 
     def _note_request(self, request: Request) -> Fault:
         """Records it, and returns the fault it meets: the first of those due, or one of nothing."""
@@ -2001,9 +1862,8 @@ class JMAPServer:
             return Reply(404)
         if request.method != ("POST" if kind in ("api", "upload") else "GET"):
             return Reply(405)
-        others = {"stream": self._event_source, "upload": self._upload, "download": self._download}
-        if kind in others:
-            return others[kind](request)
+        if kind in ("stream", "upload"):
+            return self._event_source(request) if kind == "stream" else self._upload(request)
         answer = self._api(request, fault) if kind == "api" else self.session()
         if isinstance(answer, Reply):
             return answer
@@ -2028,24 +1888,12 @@ class JMAPServer:
 
     def _upload(self, request: Request) -> Reply:
         """RFC 8620 section 6.1."""
-        if request.path != f"{UPLOAD_PATH}{self.account.id}/":
-            return Reply(404)
         if request.size > self.limit("maxSizeUpload"):
             raise ProblemError("limit", limit="maxSizeUpload")
-        told: JSON = {"accountId": self.account.id, "blobId": self.account.add_blob(request.body)}
-        told |= {"type": request.headers.get("content-type", ""), "size": request.size}
-        reply = Reply.of_json(told)
-        reply.status = 201
-        return reply
-
-    def _download(self, request: Request) -> Reply:
-        """RFC 8620 section 6.2."""
-        account_id, _, rest = request.path.removeprefix(DOWNLOAD_PATH).partition("/")
-        data = self.account.blobs.get(rest.partition("/")[0])
-        if account_id != self.account.id or data is None:
-            return Reply(404)
-        kind = request.query.get("accept", "application/octet-stream")
-        return Reply(200, data, {"Content-Type": kind})
+        blob_id = f"G{len(self.account.blobs)}"
+        self.account.blobs[blob_id] = request.body
+        told: JSON = {"accountId": self.account.id, "blobId": blob_id, "size": request.size}
+        return Reply.of_json(told | {"type": request.headers.get("content-type", "")}, 201)
 
     def _event_source(self, request: Request) -> Reply:
         if self.options.push != 200:
