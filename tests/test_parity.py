@@ -217,10 +217,10 @@ def ref(name: str, path: str, result_of: str = "0") -> JSON:
 SCREENER, FEED = {"inMailbox": "{box:Screener}"}, {"inMailbox": "{box:Feed}"}
 READS: dict[str, list[Any]] = {
     "mailboxes, what Mailroom asks": [
-        ["Mailbox/get", {"ids": None, "properties": ["id", "name", "parentId", "role"]}]
-    ],
-    "mailboxes, counts": [
-        ["Mailbox/get", {"ids": None, "properties": ["totalEmails", "unreadEmails"]}]
+        [
+            "Mailbox/get",
+            {"ids": None, "properties": ["id", "name", "parentId", "role", "totalEmails"]},
+        ]
     ],
     "mailboxes, some unknown": [
         ["Mailbox/get", {"ids": ["{box:Feed}", "nope"], "properties": ["name"]}]
@@ -234,12 +234,8 @@ READS: dict[str, list[Any]] = {
     "query in an unknown mailbox": [query({"inMailbox": "nope"})],
     "query in known and unknown": [query(any_of(SCREENER, {"inMailbox": "nope"}))],
     "query and": [query({"operator": "AND", "conditions": [any_of(SCREENER, FEED), SCREENER]})],
-    "query not": [query({"operator": "NOT", "conditions": [SCREENER, FEED]})],
     "query of nothing": [query({})],
-    "query two conditions": [query({"inMailbox": "{box:Screener}", "hasKeyword": "$seen"})],
-    "query not keyword": [query({"notKeyword": "$seen"})],
-    "query before": [query({"before": "2025-01-03T00:00:00Z"})],
-    "query after": [query({"after": "2025-01-03T12:03:00Z"})],
+    "query two conditions": [query({**SCREENER, "header": ["From", "bob"]})],
     "query from": [query({"from": "bob@shop.example"})],
     "query header": [query({"header": ["From", "bob@shop.example"]})],
     "query header, other case": [query({"header": ["from", "BOB@SHOP.EXAMPLE"]})],
@@ -258,20 +254,13 @@ READS: dict[str, list[Any]] = {
     "query unknown operator": [query({"operator": "XOR", "conditions": [SCREENER]})],
     "query wrong type": [query({"inMailbox": 5})],
     "query ascending": [query(sort=[{"property": "receivedAt"}])],
-    "query by subject": [query(sort=[{"property": "subject", "isAscending": True}])],
-    "query by two": [
-        query(sort=[{"property": "subject"}, {"property": "receivedAt", "isAscending": False}])
-    ],
     "query unknown sort": [query(sort=[{"property": "nope"}])],
     "page, first": [query(limit=2, calculateTotal=True)],
     "page, second": [query(limit=2, position=2, calculateTotal=True)],
     "page, last": [query(limit=2, position=4, calculateTotal=True)],
     "page, beyond": [query(limit=2, position=9, calculateTotal=True)],
-    "page, from the end": [query(position=-2)],
-    "page, beyond the start": [query(position=-9)],
     "page, no limit": [query(position=3)],
     "page, limit 0": [query(limit=0, calculateTotal=True)],
-    "page, limit -1": [query(limit=-1)],
     "page, no total": [query(limit=2)],
     "page, anchor": [query(anchor="{mail:third}", limit=1)],
     "page, anchor and offset": [query(anchor="{mail:third}", anchorOffset=-1, limit=2)],
@@ -289,11 +278,6 @@ READS: dict[str, list[Any]] = {
     "mails, one twice": [get("subject", ids=["{mail:first}", "{mail:first}"])],
     "mails, none": [get(ids=[])],
     "mails, unknown property": [get("nope", ids=["{mail:first}"])],
-    "reference, list": [
-        query(SCREENER),
-        get("threadId", **{"#ids": ref("Email/query", "/ids")}),
-        get("subject", **{"#ids": ref("Email/get", "/list/*/id", "1")}),
-    ],
     "reference, index": [query(), get("subject", **{"#ids": ref("Email/query", "/nope")})],
     "reference, unknown call": [get("subject", **{"#ids": ref("Email/query", "/ids", "9")})],
     "reference, wrong name": [query(), get("subject", **{"#ids": ref("Email/get", "/ids")})],
@@ -311,7 +295,6 @@ READS: dict[str, list[Any]] = {
     "wrong type": [["Email/get", {"ids": "nope"}]],
     "echo": [["Core/echo", {"a": [1, {"b": None}]}]],
     "same tag twice": [[*query(SCREENER), "x"], [*query(FEED), "x"]],
-    "changes, none": [["Email/changes", {"sinceState": "{state}"}]],
 }
 
 
@@ -400,12 +383,6 @@ WRITES: dict[str, list[list[Any]]] = {
         [update(patch("first", Feed=True)), update(patch("third", Screener=True))],
         LOOK,
     ],
-    "changes": [
-        [update(patch("first", Feed=True))],
-        [["Email/changes", {"sinceState": "{state}"}]],
-    ],
-    "destroy": [[["Email/set", {"destroy": ["{mail:first}", "nope"]}]], [query()]],
-    "a wrong update": [[["Email/set", {"update": [1]}]], LOOK],
     "an unknown argument": [[["Email/set", {"nope": 1}]]],
 }  # fmt: skip
 
@@ -445,7 +422,6 @@ DIFFERS: dict[str, str] = {
     'Options.last_mailbox="lose" is that, always',
     "parent and child": "Cyrus takes a patch inside of another, against RFC 8620 section 5.3",
     "a fixed property": "Cyrus says updated, and leaves it; RFC 8621 section 4.6 refuses it",
-    "destroy": "Cyrus calls a mail that never was destroyed, RFC 8620 section 5.3 notFound",
 }
 
 
@@ -492,7 +468,6 @@ def kinds(value: Any) -> Any:
 
 SESSION = (
     # what Mailroom reads of a session: where, of which kind
-    ("capabilities", CORE),
     ("capabilities", MAIL),
     ("accounts", "{account}", "isReadOnly"),
     ("accounts", "{account}", "isPersonal"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import cyrus_server
 import pytest
-from cyrus_server import CyrusServer, CyrusUnavailableError
+from cyrus_server import CyrusServer, CyrusUnavailableError, Version
+from debian_root import BootstrapError, make_root
 from radicale_server import RadicaleServer, RadicaleUnavailableError
 
 CARD = (
@@ -16,12 +17,13 @@ CARD = (
 
 
 @pytest.mark.cyrus
-def test_cyrus_serves_jmap_mail_and_carddav() -> None:
-    with CyrusServer() as cyrus:
+@pytest.mark.parametrize("version", ["3.6", "3.12"])
+def test_cyrus_serves_jmap_mail_and_carddav(version: Version) -> None:
+    with CyrusServer(version=version) as cyrus:
         alice = cyrus.add_user("alice")
         alice.create_mailboxes(["Screener", "@ToFeed", "Lists", "Lists/Python"])
         alice.deliver("Bob <bob@shop.example>", mailbox="Screener", subject="Sale")
-        alice.deliver_lmtp("carol@shop.example", subject="Invoice")
+        alice.deliver("carol@shop.example", subject="Invoice")
         alice.deliver(None, mailbox="Lists/Python", subject="No sender")
         assert set(alice.mailbox_ids()) >= {"Inbox", "Screener", "@ToFeed", "Lists/Python"}
         assert alice.mails() == {
@@ -34,6 +36,12 @@ def test_cyrus_serves_jmap_mail_and_carddav() -> None:
         headers = {"Content-Type": "text/vcard"}
         assert alice.http.put(url, CARD, auth=auth, headers=headers).status_code == 201
         assert alice.http.get(url, auth=auth).text == CARD
+        cyrus.stop()
+        cyrus.start()
+        assert alice.mails().keys() == {"Sale", "Invoice", "No sender"}
+        stream = f"{cyrus.origin}/jmap/eventsource/?types=*&closeafter=no&ping=30"
+        status = alice.http.get(stream, stream=True).status_code
+        assert status == (200 if version == "3.12" else 204)
         home = cyrus.home
     assert not home.exists()
 
@@ -70,6 +78,24 @@ def test_a_missing_cyrus_is_an_error_that_says_what_to_install(
     monkeypatch.setattr(cyrus_server, "MASTER", tmp_path / "nowhere")
     with pytest.raises(CyrusUnavailableError, match=r"apt-get install .*cyrus-imapd"):
         CyrusServer().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("mirror", "message"),
+    [
+        ("http://mirror.example/debian", "mmdebstrap is missing.* apt-get install mmdebstrap"),
+        ("", "no Debian mirror.* apt-get update"),
+    ],
+)
+def test_a_missing_mmdebstrap_or_mirror_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mirror: str, message: str
+) -> None:
+    for name in ("apt-get", "apt-config"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {mirror}\n")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BootstrapError, match=message):
+        make_root(tmp_path / "root", "minbase", "cyrus-imapd")
 
 
 @pytest.mark.cyrus

@@ -1,0 +1,90 @@
+"""The program as a user starts it, and what can be seen of it from outside: what it logs, its
+health page and its exit status."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+import mailroom
+
+PROGRAM = Path(mailroom.__file__)
+DEADLINE, STEP, STOP_SECONDS = 30.0, 0.05, 5.0
+
+
+def wait_for(
+    condition: Callable[[], object], what: Callable[[], object] = str, seconds: float = DEADLINE
+) -> None:
+    """Poll until it holds; `what` is shown when it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not after {seconds} s: {what()}"
+        time.sleep(STEP)
+
+
+class Program:
+    """A running `python mailroom.py` and what it logs."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", output: Path, health_port: int) -> None:
+        self.process, self.output, self.health_port = process, output, health_port
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """What was logged; each record is a whole line."""
+        text = self.output.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def logged(self, pattern: str, level: str = "") -> list[dict[str, Any]]:
+        lines = (line for line in self.log if level in ("", line["level"]))
+        return [line for line in lines if re.search(pattern, line["event"])]
+
+    def wait_for_cycles(self, more: int) -> None:
+        """Wait for so many further cycles to end."""
+        goal = len(self.logged("^cycle done$")) + more
+        wait_for(lambda: len(self.logged("^cycle done$")) >= goal, self.output.read_text)
+
+    @property
+    def health(self) -> dict[str, Any]:
+        """The health page."""
+        url = f"http://127.0.0.1:{self.health_port}/healthz"
+        return dict(requests.get(url, timeout=5).json())
+
+    def is_pushed(self, reconnects: int = 0) -> bool:
+        """Whether there is a stream, and so often a new one."""
+        with suppress(requests.ConnectionError):  # there is no page yet
+            stream = self.health["eventsource"]
+            return bool(stream["connected_since"]) and stream["reconnect_count"] >= reconnects
+        return False
+
+    def stop(self) -> int:
+        """Ask it to; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+@contextmanager
+def program(output: Path, *arguments: str, **settings: object) -> Iterator[Program]:
+    """The program as a user starts it; it is killed at the end if it has not ended."""
+    variables = {f"MAILROOM_{name.upper()}": str(value) for name, value in settings.items()}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *arguments],
+            env=kept | variables,
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        yield Program(process, output, int(variables["MAILROOM_HEALTH_PORT"]))
+    finally:
+        process.kill()
+        process.wait()
