@@ -3,9 +3,10 @@
 
 An embedded JMAP server holds the account, `python mailroom.py` works it as a process of its own,
 and this program taps labels as a phone would and tells what became of them. It tells nothing that
-it has not checked, for every mail of the account; when something is not so, the status is 1.
+it has not checked, for every message of the account; when something is not so, the status is 1.
 
-With `--serve` the account stays up for a Mailroom started by hand, and taps are typed.
+With `--serve` the account stays up for a Mailroom started by hand, and taps are typed; with
+`--bare` too it has nothing that Mailroom needs, and `setup` makes that.
 
 How it reads: the account - what ought to happen - screen and process - the scenes - `--serve`.
 """
@@ -20,11 +21,11 @@ import random
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -36,17 +37,17 @@ import gevent
 import gevent.socket
 import requests
 from gevent.queue import Queue
+
+TESTS = Path(__file__).resolve().parent
+MAILROOM = TESTS.parent / "mailroom.py"
+sys.path.append(str(TESTS / "support"))
+
 from jmap_server import CATEGORIES, Account, JMAPServer, Options, addresses
-
-MAILROOM = Path(__file__).resolve().parent.parent / "mailroom.py"
-sys.path.append(str(MAILROOM.parent))
-
-from mailroom import CREATED_NOTE, CardChange, contact_uid, jmap_new_card
+from ports import free_port
 
 DEBOUNCE, POLL = 0.5, 3
 PAUSE = 1.3  # seconds to read a scene, on a terminal
 STOP_SECONDS = 5
-CONNECT_GRACE = 1  # seconds after which Mailroom looks whether it missed anything
 
 
 class DemoError(Exception):
@@ -56,7 +57,7 @@ class DemoError(Exception):
 # ----------------------------------------------------------------------------------- the account
 
 OWN_FOLDERS = ("Recipes", "Lisbon", "Taxes")
-# Who writes, how many mails are where (`+`: in both), and about what.
+# Who writes, how many messages are where (`+`: in both), and about what.
 SENDERS = """
 The Slow Crumb <letter@slow-crumb.example>: Screener 14, Recipes 2, Trash 1
     No. {n}: The dough that waited | No. {n}: Why crusts sing | No. {n}: Rye, slowly
@@ -64,47 +65,31 @@ Night Train Notes <post@night-train.example>: Screener 11, Lisbon 1
     Sleeper of the month: {month} | Platform {n} | The last dining car
 Ferrous Weekly <editor@ferrous-weekly.example>: Screener 22
     Issue {n}: Lifetimes, gently | Issue {n}: Small binaries | Issue {n}: {month} releases
-Garden at Five <hello@garden-at-five.example>: Screener 12
-    What to sow in {month} | Slugs, again | Letter {n}: Compost is patience
 Chess in the Park <moves@chess-park.example>: Screener 9, Archive 1
     Puzzle {n}: White to move | {month} open: results | Puzzle {n}: A quiet queen
 Harbour Film Club <club@harbour-film.example>: Feed 13, Trash 2
     {month} programme | Friday: a film from {n} minutes ago | Members' evening
 Tidepool Science <news@tidepool.example>: Feed 18
     {n} things about octopuses | The week in water | Ask us anything, {month}
-The Long Ferry <crew@long-ferry.example>: Screener 16, Trash 4
-    Episode {n} is out | Episode {n}: Fog | Live in {month}
 Bargain Owl <deals@bargain-owl.example>: Feed 27, Trash 3, Recipes 1
     Only today: {n} deals | We miss you! | Your cart is lonely | {month} madness ends at midnight
 Fernweh Books <shop@fernweh-books.example>: Screener 9, Archive 1
     New on our shelves in {month} | Your receipt {n} | Staff picks for {month}
-Copper & Kettle <orders@copper-kettle.example>: Screener 8, Archive 2
-    Order {n} confirmed | Order {n} has left us | How was order {n}?
 Velo Depot <service@velo-depot.example>: Screener 7, Inbox 1
     Your bicycle is ready | Invoice {n} | {month}: winter tyres
-Lantern Tea <tea@lantern-tea.example>: Screener 13
-    First flush, {month} | Your points: {n} | A tin for you
 Northwind Energy <billing@northwind-energy.example>: Paper Trail 12, Taxes 2
     Your bill for {month} | Meter reading due | Invoice {n}
 Brightline Telecom <invoice@brightline.example>: Screener 10, Taxes 1
     Invoice {n} for {month} | Your data is used up | New terms from {month}
-City Waterworks <customers@waterworks.example>: Screener 4
-    Statement for {month} | Notice {n}: works in your street
 Ledgerly Bank <no-reply@ledgerly.example>: Screener 15, Archive 3
     Your statement for {month} is ready | Card payment {n} | A new sign-in
-Hearth Insurance <policy@hearth-insurance.example>: Screener 5, Taxes 1
-    Your policy {n} | Confirmation for the tax office | Claim {n}: received
-Cloud Pantry <receipts@cloud-pantry.example>: Screener 11
-    Receipt {n} | Your delivery on Friday | Substitutions in order {n}
 ParcelHop <track@parcelhop.example>: Screener 12, Trash 2
     Parcel {n} is on its way | Parcel {n}: two stops away | Parcel {n} is with your neighbour
-Kestrel Express <updates@kestrel-express.example>: Screener 8
-    Shipment {n} registered | Shipment {n} delivered | We missed you ({n})
 Mara Lindqvist <mara.lindqvist@post.example>: Screener 6, Lisbon 2, Inbox 1
     Re: Saturday? | Photos from the lake | That book I told you about | Lisbon: the flat | Call me
 Tomas Abara <tomas@abara.example>: Screener 4
     Fwd: concert in {month} | Your ladder | Re: Re: dinner
-Yuki Tanabe <yuki@tanabe.example>: Imbox+Person 9, Inbox 2
+Yuki Tanabe <yuki@tanabe.example>: Imbox+Person 9
     Sunday | Re: the cat | Train times for {month}
 Emil Hartmann <opa.emil@post.example>: Imbox+Person 5
     The apples are ripe | Question about the computer | Thank you for the photos
@@ -112,10 +97,6 @@ Okafor Dental <front.desk@okafor-dental.example>: Screener 5, Archive 1
     Your appointment in {month} | Please confirm: {month} | Six months already?
 Elm Street School <office@elm-street-school.example>: Screener 13, Inbox 2
     Parents' evening in {month} | Lost property | Class trip: form {n}
-Riverside Runners <captain@riverside-runners.example>: Screener 10
-    Thursday: {n} laps | {month} relay: who is in? | New course record
-City Library <reminder@city-library.example>: Screener 7
-    Due in three days: {n} items | Your hold is here | Opening hours in {month}
 Talent Bridge <jo@talent-bridge.example>: Screener 9, Junk 1
     A role for you (ref. {n}) | Quick call? | Following up | Still following up
 Crypto Comet <vip@crypto-comet.example>: Screener 12, Junk 6
@@ -125,41 +106,41 @@ Alice Home <alice@home.example>: Sent 14, Drafts 2
 """
 
 
-def fill(account: Account) -> None:
-    """Puts the mails of SENDERS into the account: always the same ones, dated back from now."""
-    chance = random.Random(1)  # noqa: S311  (no secret)
-    account.add_mailbox(UNDO)
-    for folder in OWN_FOLDERS:
+def new_account(bare: bool) -> Account:
+    """The account, with the messages of SENDERS: always the same ones, dated back from now. A bare
+    one has nothing of Mailroom's: what would be in its mailboxes is in the Inbox."""
+    account, chance = Account.for_mailroom(), random.Random(1)  # noqa: S311  (no secret)
+    for folder in (UNDO, *OWN_FOLDERS):
         account.add_mailbox(folder)
     for sender, where, subjects in re.findall(r"^(\S.*>): (.*)\n +(.*)$", SENDERS, re.MULTILINE):
         counts = (place.rsplit(" ", 1) for place in where.split(", "))
         places = [name.split("+") for name, number in counts for _ in range(int(number))]
         chance.shuffle(places)
         ages = sorted(chance.sample(range(60, 300 * 24 * 60), len(places)), reverse=True)
-        write_mails(account, sender, subjects.split(" | "), list(zip(ages, places, strict=True)))
+        for n, (age, names) in enumerate(zip(ages, places, strict=True)):
+            date = datetime.now(UTC) - timedelta(minutes=age)
+            text = subjects.split(" | ")[n % (subjects.count(" | ") + 1)]
+            text = text.format(n=ages[0] % 400 + n, month=f"{date:%B}")
+            names = ["Inbox"] if bare and {*names} & MANAGED else names
+            account.deliver(sender, names, subject=text, received_at=f"{date:%Y-%m-%dT%H:%M:%SZ}")
         if groups := sorted({name for names in places for name in names} & set(CATEGORIES)):
             add_triaged(account, sender, groups)
-
-
-def write_mails(
-    account: Account, sender: str, subjects: list[str], mails: list[tuple[int, list[str]]]
-) -> None:
-    """A sender's mails, oldest first, given their ages in minutes and their mailboxes."""
-    for n, (age, names) in enumerate(mails):
-        date = datetime.now(UTC) - timedelta(minutes=age)
-        text = subjects[n % len(subjects)].format(n=mails[0][0] % 400 + n, month=f"{date:%B}")
-        account.deliver(sender, names, subject=text, received_at=f"{date:%Y-%m-%dT%H:%M:%SZ}")
+    if bare:
+        for name in {*LABELS, *MANAGED, ERROR, "@MailroomWarning"}:
+            account.remove_mailbox(name)
+        for card in [*account.cards]:
+            account.remove_card(card)
+    return account
 
 
 def add_triaged(account: Account, sender: str, groups: list[str]) -> None:
     """The contact of a sender whom Mailroom has triaged a month ago."""
     [(name, address)] = addresses(sender)
-    when = f"{datetime.now(UTC) - timedelta(days=30):%Y-%m-%d}"
-    kind = "person" if "Person" in groups else "company"
-    note = (CREATED_NOTE, f"Triaged to {groups[-1]} on {when}")
-    made = CardChange(contact_uid(address), None, kind, address, name, note)
-    [book] = account.books
-    contact = account.new_card(jmap_new_card(made, book))
+    date = f"{datetime.now(UTC) - timedelta(days=30):%Y-%m-%d}"
+    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{address}?mailroom=0"))
+    notes = {"n1": {"note": f'Created by Mailroom on {date} as "{name}"'}}
+    kind = "individual" if "Person" in groups else "org"
+    contact = account.add_contact(address, name, kind, uid=uid, notes=notes)
     for group in [*groups, "Mailroom"]:
         account.join_group(group, contact)
 
@@ -169,32 +150,32 @@ def address_of(header: str | None) -> str:
 
 
 def mails_from(account: Account, address: str) -> list[str]:
-    """The ids of a sender's mails, the newest first."""
+    """The ids of a sender's messages, the newest first."""
     mails = (mail for mail in account.mails.values() if address_of(mail.sender) == address)
     return [mail.id for mail in sorted(mails, key=lambda mail: mail.received_at, reverse=True)]
 
 
 def mail_to_tap(account: Account, address: str) -> str:
-    """The newest mail of a sender that waits in the Screener or is filed already."""
+    """The newest message of a sender that waits in the Screener or is filed already."""
     mails = mails_from(account, address)
     return next((key for key in mails if account.mailboxes_of(key) & MANAGED), mails[0])
 
 
 # ---------------------------------------------------------------------------- what ought to happen
 
-Snapshot = dict[str, frozenset[str]]  # {mail id: the names of its mailboxes}
+Snapshot = dict[str, frozenset[str]]  # {message id: the names of its mailboxes}
 MANAGED = {"Screener", *CATEGORIES}
 ERROR, UNDO = "@MailroomError", "@ToScreener"
 # Label: the groups and mailboxes that it stands for, and what it says of a sender.
 LABELS = {
-    "@ToImbox": ({"Imbox"}, "this sender matters: the Imbox, and the Inbox for what was screened"),
-    "@ToFeed": ({"Feed"}, "good to read, in no hurry: all that this sender writes is for the Feed"),
+    "@ToImbox": ({"Imbox"}, "this sender matters: Imbox, and Inbox for what was screened"),
+    "@ToFeed": ({"Feed"}, "good to read, in no hurry: all of it is for the Feed"),
     "@ToPaperTrail": ({"Paper Trail"}, "to be kept rather than read: receipts, bills, orders"),
     "@ToJail": ({"Jail"}, "never again: out of sight, whatever they send"),
     "@ToPerson": ({"Person", "Imbox"}, "someone I know; Person is a part of the Imbox: both"),
     "@ToBillboard": ({"Billboard", "Paper Trail"}, "advertising of those whom I buy from"),
-    "@ToTruck": ({"Truck", "Paper Trail"}, "parcels; the Truck is a part of the Paper Trail: both"),
-    UNDO: ({"Screener"}, "not decided after all: as if this sender had never been triaged"),
+    "@ToTruck": ({"Truck", "Paper Trail"}, "parcels; a part of the Paper Trail: both"),
+    UNDO: ({"Screener"}, "not decided after all: as if it had never been triaged"),
 }
 
 
@@ -203,7 +184,7 @@ def snapshot(account: Account) -> Snapshot:
 
 
 def filed(places: frozenset[str], label: str) -> frozenset[str]:
-    """Where a tapped sender's mail belongs, by where it is. The user's own folders, the Archive,
+    """Where a tapped sender's message belongs, by where it is. The user's own folders, the Archive,
     Trash and the like are not Mailroom's business."""
     labels = {name for name in places if name.startswith("@")}
     if not places & (MANAGED | labels):
@@ -213,14 +194,14 @@ def filed(places: frozenset[str], label: str) -> frozenset[str]:
 
 
 def change(old: frozenset[str], new: frozenset[str]) -> str:
-    """What happened to a mail: where it went, or where it stays and which labels came and went."""
+    """What happened to a message: where it went, or where it stays and which labels changed."""
     was, now = (listed(name for name in names if name[0] != "@") for names in (old, new))
     signs = [f"+ {name}" for name in sorted(new - old)] + [f"- {x}" for x in sorted(old - new)]
     return f"{was} -> {now}" if was != now else " ".join([was, *signs])
 
 
 def changes(account: Account, before: Snapshot, after: Snapshot) -> dict[str, list[str]]:
-    """{what happened: subjects of the mails that it happened to, the newest first}."""
+    """{what happened: subjects of the messages that it happened to, the newest first}."""
     found: dict[str, list[str]] = {}
     changed = (account.mails[key] for key in before.keys() & after if before[key] != after[key])
     for mail in sorted(changed, key=lambda mail: mail.received_at, reverse=True):
@@ -256,9 +237,9 @@ class Screen:
         self.line(f"   {key:9} {text}", colour)
 
     def moves(self, key: str, moved: Mapping[str, list[str]], most: int = 2) -> None:
-        """What happened to how many mails, and some of their subjects."""
+        """What happened to how many messages, and some of their subjects."""
         for what, subjects in moved.items():
-            self.fact(key, f"{count(len(subjects), 'mail')}: {what}", "green")
+            self.fact(key, f"{count(len(subjects), 'message')}: {what}", "green")
             more = len(subjects) - most
             for subject in subjects[:most] + [f"... and {more} more"] * (more > 0):
                 self.fact("", f"   {subject}", "dim")
@@ -270,15 +251,12 @@ class Screen:
 
 def settings(server: JMAPServer) -> dict[str, str]:
     """The settings of a Mailroom that works this account; its health is on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return {
         "MAILROOM_JMAP_TOKEN": server.options.token,
         "MAILROOM_JMAP_URL": server.session_url,
         "MAILROOM_DEBOUNCE_SECONDS": f"{DEBOUNCE}",
         "MAILROOM_POLL_INTERVAL": f"{POLL}",
-        "MAILROOM_HEALTH_PORT": f"{port}",
+        "MAILROOM_HEALTH_PORT": f"{free_port()}",
         "MAILROOM_LOG_FORMAT": "text",
     }
 
@@ -320,13 +298,10 @@ class Mailroom:
     def stop(self) -> None:
         """Asks it to end."""
         self.process.terminate()
-        status: int | None = None
         with suppress(subprocess.TimeoutExpired):
-            status = self.process.wait(STOP_SECONDS)
-        if status != 0:
-            raise DemoError(
-                f"mailroom was asked to stop; status after {STOP_SECONDS} seconds: {status}"
-            )
+            self.process.wait(STOP_SECONDS)
+        if self.process.returncode != 0:
+            raise DemoError(f"mailroom was asked to stop; status: {self.process.returncode}")
 
 
 # ------------------------------------------------------------------------------------ the scenes
@@ -341,15 +316,17 @@ WITHOUT_PUSH = ("track@parcelhop.example", "@ToTruck")
 WITH_PUSH_AGAIN = ("front.desk@okafor-dental.example", "@ToImbox")
 
 INTRODUCTION = """
-A made-up account: {mails} mails from {senders} senders, {screened} of them in the Screener,
-where mail from unknown senders waits. `python mailroom.py` runs beside this demo, as a
-process of its own, and speaks JMAP with the account's server. The demo taps, as you would
-on your phone, and looks at what becomes of it; all the rest is Mailroom's work.
-(It gathers taps for {debounce} seconds here, usually for 3.)"""
-SUMMARY = "{:24} {:33} {:20} {:>5} {:>7}"
-CLOSE = """Checked: all {mails} mails are where they belong, none is lost, no label is left over.
-Mailroom took {cycles} cycles and {requests} requests, and stopped with status 0 when asked to.
-From now on the account's own rules file what these senders write, by contact group.
+A made-up account: {mails} messages from {senders} senders, {screened} of them in the
+Screener, where messages from unknown senders wait. `python mailroom.py` runs
+beside this demo, as a process of its own, and speaks JMAP with the account's
+server. The demo taps, as you would on your phone, and looks at what becomes of
+it; all the rest is Mailroom's work. (It gathers taps for {debounce} seconds here,
+usually for 3.)"""
+SUMMARY = "{:23} {:15} {:20} {:>8} {:>7}"
+CLOSE = """Checked: all {mails} messages are where they belong, none is lost, no label is
+left over. Mailroom took {cycles} cycles and {requests} requests, and stopped with status 0
+when asked to. From now on the account's own rules file what these senders
+write, by contact group.
 
 With your own account: see README.md.
 To tap for yourself on this one: nox -s demo -- --serve"""
@@ -361,7 +338,7 @@ class Demo:
     def __init__(self, server: JMAPServer, mailroom: Mailroom, patience: float) -> None:
         self.server, self.account, self.mailroom = server, server.account, mailroom
         self.patience, self.screen = patience, Screen()
-        self.summary = [SUMMARY.format("tap", "sender", "now in", "mails", "seconds")]
+        self.summary = [SUMMARY.format("tap", "sender", "now in", "messages", "seconds")]
 
     def play(self) -> None:
         """All scenes and the summary. Raises DemoError when something did not happen."""
@@ -412,24 +389,25 @@ class Demo:
     def _is_ready(self) -> bool:
         with suppress(DemoError):
             health = self.mailroom.health()
-            return bool(health["last_poll_trigger"]) and is_connected(health)
+            is_connected = health["eventsource"]["status"] == "connected"
+            return is_connected and bool(health["last_poll_trigger"])
         return False
 
     def _is_idle(self) -> bool:
         """Whether Mailroom waits for events, and the timer will not strike before one can come: no
-        echo of its own writes or of the connect is being gathered."""
+        echo of its own writes or of the connect is being gathered or looked after."""
         health, now = self.mailroom.health(), datetime.now(UTC)
         times = [health["eventsource"][key] for key in ("last_event_at", "connected_since")]
         if None in times:
             return False
         heard, since = ((now - datetime.fromisoformat(each)).total_seconds() for each in times)
-        is_quiet = heard > DEBOUNCE and since > CONNECT_GRACE + DEBOUNCE
+        is_quiet = min(heard, since) > DEBOUNCE + 0.2
         return bool(is_quiet and health["last_poll_age_seconds"] < POLL - 1)
 
     # A tap
 
     def _tap(self, address: str, label: str, trigger: str = "push") -> None:
-        """Puts the label on one mail of the sender, who then has to be triaged."""
+        """Puts the label on one message of the sender, who then has to be triaged."""
         if trigger == "push":
             self._wait("mailroom to be idle", self._is_idle)
         mail = self.account.mails[mail_to_tap(self.account, address)]
@@ -455,15 +433,15 @@ class Demo:
         self._note(tap, address, listed(frozenset().union(*moved)), len(moved), seconds)
 
     def _act(self, act: Callable[[], None], after: Snapshot, trigger: str) -> tuple[float, str]:
-        """Acts, and waits until every mail of the account is as it should be `after` that;
+        """Acts, and waits until every message of the account is as it should be `after` that;
         (the seconds from the act to then, what else it took)."""
         cycles, asked, start = self.mailroom.cycles(), self.server.count("api"), time.monotonic()
         act()
         try:
-            self._wait("the mails to be filed", lambda: snapshot(self.account) == after)
+            self._wait("the messages to be filed", lambda: snapshot(self.account) == after)
         except DemoError as error:
             missing = changes(self.account, snapshot(self.account), after)
-            raise DemoError(f"{error}; missing: {listed(missing) or 'mails'}") from None
+            raise DemoError(f"{error}; missing: {listed(missing) or 'messages'}") from None
         seconds = time.monotonic() - start
         self._wait("the cycle to end", lambda: self.mailroom.cycles() > cycles)
         by = self.mailroom.health()["last_poll_trigger"]
@@ -490,17 +468,18 @@ class Demo:
         self.screen.fact("groups", (f"{listed(before)} -> " if before else "") + listed(groups))
 
     def _note(self, tap: str, address: str, to: str, mails: int, seconds: float) -> None:
-        self.summary.append(SUMMARY.format(tap, address, to, mails, f"{seconds:.2f}"))
+        [(name, _)] = addresses(self.account.mails[mails_from(self.account, address)[0]].sender)
+        self.summary.append(SUMMARY.format(tap, name, to, mails, f"{seconds:.2f}"))
 
     # The scenes that are more than a tap
 
     def _conflict(self, address: str, label: str, slip: str) -> None:
-        """Two labels for one sender: both mails are marked, and nothing else happens."""
+        """Two labels for one sender: both messages are marked, and nothing else happens."""
         self._wait("mailroom to be idle", self._is_idle)
         account, (one, other) = self.account, mails_from(self.account, address)[:2]
         for mail_id, name in ((one, label), (other, slip)):
             self.screen.fact("tap", f'{name} on "{account.mails[mail_id].subject}"', "yellow")
-        self.screen.fact("means", "which one? Mailroom does not guess: it marks both mails")
+        self.screen.fact("means", "which one? Mailroom does not guess: it marks both")
         before = snapshot(account)
         marked = {one: before[one] | {label, ERROR}, other: before[other] | {slip, ERROR}}
 
@@ -511,7 +490,9 @@ class Demo:
         seconds, took = self._act(tap_both, before | marked, "push")
         if account.contacts_of(address):
             raise DemoError(f"{address} got a contact in spite of the conflict")
-        self.screen.fact(f"{seconds:.2f} s", f"2 mails: + {ERROR}; all else is as it was", "green")
+        self.screen.fact(
+            f"{seconds:.2f} s", f"2 messages: + {ERROR}; all else is as it was", "green"
+        )
         self.screen.fact("took", took)
         self._note(f"{label}, {slip}", address, f"+ {ERROR}", 2, seconds)
         self._wait("mailroom to be idle", self._is_idle)
@@ -540,17 +521,12 @@ class Demo:
         """What /healthz says."""
         health = self.mailroom.health()
         stream = health["eventsource"]
-        error = "" if is_connected(health) else f" ({stream['last_error']})"
+        error = "" if stream["status"] == "connected" else f" ({stream['last_error']})"
         reconnects = count(stream["reconnect_count"], "reconnect")
         return f"{health['status']}, stream {stream['status']}{error}, {reconnects}"
 
     def _tell_health(self) -> None:
         self.screen.fact("/healthz", self._stream())
-
-
-def is_connected(health: Mapping[str, Any]) -> bool:
-    """Whether /healthz says that the event stream is up."""
-    return bool(health["eventsource"]["status"] == "connected")
 
 
 def show(server: JMAPServer, program: Path, patience: float) -> int:
@@ -573,12 +549,23 @@ def show(server: JMAPServer, program: Path, patience: float) -> int:
 # ----------------------------------------------------------------------------------------- --serve
 
 HELP = """\
-  list [SENDER]            who writes, where the mails are, [the groups of the contact]
-  label SENDER LABEL       put a label on the sender's newest mail
-  unlabel SENDER LABEL     take it off
+  list [SENDER]           who writes, where the messages are, [the groups]
+  label SENDER LABEL      put a label on the sender's newest message
+  unlabel SENDER LABEL    take it off
 SENDER is a part of an address, as in: label slow-crumb @ToFeed
-LABEL is @ToImbox, @ToPerson, @ToFeed, @ToPaperTrail, @ToBillboard, @ToTruck or @ToJail,
-or @ToScreener, which takes a sender's triage back"""
+LABEL is @ToImbox, @ToPerson, @ToFeed, @ToPaperTrail, @ToBillboard, @ToTruck or
+@ToJail, or @ToScreener, which takes a sender's triage back"""
+SERVED = """
+A Mailroom started so serves until Ctrl-C. With one of these at the end of the
+line it does this instead (--bare: an account on which `setup` has much to do):
+
+  setup                   say what the account has and lacks
+  setup --apply           make what it lacks
+  run --once --dry-run    say what it would do to the labelled messages
+  reset                   say what taking Mailroom out of the account would do
+
+Then tap here, as on your phone (Ctrl-C ends it):
+"""
 
 
 class Phone:
@@ -621,6 +608,8 @@ class Phone:
             case ["list"] | ["list", _]:
                 self._list(*words[1:])
             case ["label", sender, label] if label in LABELS:
+                if label not in {box.name for box in self._account.mailboxes.values()}:
+                    raise DemoError(f"there is no {label} yet: `setup --apply` makes it")
                 self._account.label(mail_to_tap(self._account, self._sender(sender)), label)
             case ["unlabel", sender, label]:
                 for mail_id in mails_from(self._account, self._sender(sender)):
@@ -646,7 +635,7 @@ class Phone:
             where = Counter("+".join(sorted(self._account.mailboxes_of(key))) for key in mails)
             places = ", ".join(f"{number} {place}" for place, number in where.items())
             groups = listed(self._account.groups_of(address))
-            self._screen.line(f"  {address:33} {places}{groups and f'  [{groups}]'}")
+            self._screen.line(f"{address:32} {places}{groups and f' [{groups}]'}")
 
 
 def read_lines(typed: "Queue[str | None]") -> None:
@@ -665,13 +654,13 @@ def read_lines(typed: "Queue[str | None]") -> None:
 
 def serve(server: JMAPServer) -> int:
     """Leaves the account up, says how to start Mailroom on it, and takes what is typed."""
-    screen, mails = Screen(), count(len(server.account.mails), "mail")
+    screen, mails = Screen(), count(len(server.account.mails), "message")
     screen.line(f"A made-up account with {mails} is up. In another terminal:\n")
     for name, value in settings(server).items():
         screen.line(f"export {name}={shlex.quote(value)}")
     paths = (os.path.relpath(path) for path in (sys.executable, MAILROOM))
     command = shlex.join(os.path.abspath(path) if path.startswith("..") else path for path in paths)
-    screen.line(f"{command}\n\nThen tap here, as on your phone (Ctrl-C ends it):\n\n{HELP}\n")
+    screen.line(f"{command}\n{SERVED}\n{HELP}\n")
     Phone(server.account).run()
     return 0
 
@@ -683,14 +672,15 @@ def main() -> int:
     """Run the command; the exit status: 1 when something did not happen as it should."""
     parser = argparse.ArgumentParser(description="Mailroom at work on a made-up account.")
     parser.add_argument("--serve", action="store_true", help="leave the account up to tap by hand")
+    parser.add_argument("--bare", action="store_true", help="with --serve: nothing is set up")
     parser.add_argument("--program", type=Path, default=MAILROOM, help="in place of mailroom.py")
     parser.add_argument("--patience", type=float, default=15, help="seconds to wait for anything")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         gevent.signal_handler(number, gevent.kill, gevent.getcurrent(), KeyboardInterrupt)
     try:
-        with JMAPServer.with_mailroom_account(Options.fastmail(token="demo-token")) as server:
-            fill(server.account)
+        account = new_account(options.bare and options.serve)
+        with JMAPServer(Options.fastmail(token="demo-token"), account) as server:
             if options.serve:
                 return serve(server)
             return show(server, options.program, options.patience)

@@ -21,7 +21,7 @@ DEMO, MAILROOM = TESTS / "demo.py", TESTS.parent / "mailroom.py"
 DEADLINE = 60.0
 TAPS = ["@ToFeed", "@ToPerson", "@ToJail", "@ToFeed off", "@ToTruck", "@ToImbox"]
 SABOTEUR = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(TESTS.parent)!r})
 import mailroom
 {{change}}
@@ -30,9 +30,9 @@ sys.exit(mailroom.main())
 # What is done to mailroom, and what the demo has to say of it.
 SABOTAGES = {
     "sys.exit(0)": "mailroom has ended with status 0",
-    "mailroom.Triage.plan = lambda *_: []": "for the mails to be filed; missing: Screener -> Feed",
-    "mailroom.Rules.family = lambda _, category: [category]": "missing: Person -> Imbox, Person",
-    "mailroom.JMAPContacts.apply = lambda *_: {}": "has 0 contacts in []",
+    "sys.argv.append('--dry-run')": "for the messages to be filed; missing: Screener -> Feed",
+    "os.environ['MAILROOM_TRIAGE_CATEGORIES'] = '[\"Feed\", \"Person\"]'": "Person -> Imbox",
+    "os.environ['MAILROOM_PROVENANCE_GROUP'] = 'Nobody'": "has 1 contact in [Feed]",
 }
 
 
@@ -104,7 +104,7 @@ def test_the_demo_plays_all_scenes(outcomes: dict[str, tuple[int, str]]) -> None
     for told in ("(push)", "(fallback)", "stream disconnected (HTTP 503)", "Checked: all"):
         assert told in output
     assert "\033" not in output
-    assert max(map(len, output.splitlines())) <= 100
+    assert max(map(len, output.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("change", SABOTAGES)
@@ -118,24 +118,41 @@ def test_the_demo_fails_when_mailroom_does_not_do_its_work(
     assert "Traceback" not in output
 
 
+def printed_settings(told: str) -> dict[str, str]:
+    exports = [line for line in told.splitlines() if line.startswith("export ")]
+    return dict(shlex.split(line)[1].split("=", 1) for line in exports)
+
+
 def test_the_served_account_works_with_the_printed_settings() -> None:
     with running(DEMO, "--serve") as demo:
-        told = read_until(demo, "mailroom.py$")
-        exports = dict(
-            shlex.split(line.removeprefix("export "))[0].split("=", 1)
-            for line in told.splitlines()
-            if line.startswith("export ")
-        )
+        settings = printed_settings(read_until(demo, "mailroom.py$"))
         say(demo, "label slow-crumb @ToFeed")
-        assert "Screener + @ToFeed" in read_until(demo, "1 mail: ")
-        with running(MAILROOM, **exports) as mailroom:
-            read_until(demo, "14 mails: Screener -> Feed")
+        assert "Screener + @ToFeed" in read_until(demo, "1 message: ")
+        with running(MAILROOM, **settings) as mailroom:
+            read_until(demo, "14 messages: Screener -> Feed")
             say(demo, "list slow-crumb")
             assert "14 Feed" in read_until(demo, r"\[Feed, Mailroom\]")
             mailroom.terminate()
             assert mailroom.wait() == 0
         demo.terminate()
         assert demo.wait() == 0
+
+
+def test_a_bare_account_is_set_up_by_setup() -> None:
+    with running(DEMO, "--serve", "--bare") as demo:
+        settings = printed_settings(read_until(demo, "mailroom.py$"))
+        told = read_until(demo, "@ToScreener")
+        for command in ("setup", "run --once --dry-run", "reset"):
+            assert f"\n  {command} " in told
+        say(demo, "label slow-crumb @ToFeed")
+        read_until(demo, "there is no @ToFeed yet")
+        for arguments, status in (([], 1), (["--apply"], 0), ([], 0)):
+            with running(MAILROOM, "setup", *arguments, **settings) as setup:
+                output, _ = setup.communicate()
+            assert setup.returncode == status, output
+            assert ("missing" in output) == (status == 1 or "--apply" in arguments)
+        say(demo, "label slow-crumb @ToFeed")
+        read_until(demo, r"1 message: Inbox \+ @ToFeed")
 
 
 def test_the_served_account_says_what_is_wrong_with_a_command() -> None:
