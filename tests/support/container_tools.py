@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from debian_root import make_root
 from jmap_server import JSON, JMAPServer
 from ports import free_port
 
@@ -72,12 +73,9 @@ def unique_name() -> str:
 
 def make_image(name: str, directory: Path, packages: str, hooks: Iterable[str] = ()) -> str:
     """An image of Debian's packages, those of the release that the public base is made of."""
-    excluded = (f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("man", "doc", "locale"))
     archive = directory / "image.tar"
-    do(
-        *("env", "TMPDIR=/dev/shm", "mmdebstrap", "--variant=essential", f"--include={packages}"),
-        *(*excluded, *(f"--customize-hook={hook}" for hook in hooks), "trixie", archive),
-    )
+    options = [f"--customize-hook={hook}" for hook in hooks]
+    make_root(archive, "essential", packages, *options, temporary=Path("/dev/shm"))  # noqa: S108
     engine("import", "--change", f"ENV PATH={SEARCHED}", archive, name)
     archive.unlink()
     return name
@@ -149,18 +147,11 @@ def inspected(kind: str, name: str) -> JSON:
 # The README
 
 
-def readme_block(part: str) -> str:
-    """The block of code in the README that has this in it."""
-    text = (ROOT / "README.md").read_text()
-    [block] = [block for block in re.findall(r"```\w+\n(.*?)```", text, re.S) if part in block]
-    return str(block)
-
-
 def readme_command(start: str) -> list[str]:
     """The words of the command in the README that begins like this."""
-    lines = readme_block(start).replace("\\\n", " ").splitlines()
+    lines = [line.strip(" `") for line in (ROOT / "README.md").read_text().splitlines()]
     [line] = [line for line in lines if line.startswith(start)]
-    return shlex.split(line, comments=True)
+    return shlex.split(line)
 
 
 def hardened() -> list[str]:
@@ -309,12 +300,12 @@ def config_map(name: str, settings: dict[str, str]) -> str:
 
 @contextmanager
 def kube_secret(name: str, token: str) -> Iterator[None]:
-    """A Secret as the README has it, or for a podman before 4.4 as that reads it: undecoded."""
+    """A Secret as it is in its file, or for a podman before 4.4 as that reads it: undecoded."""
     if podman_version() < (4, 4):
         with podman_secret(name, json.dumps({"data": {"token": token}})):
             yield
         return
-    document = readme_block("kind: Secret").replace("mailroom-alice", name)
+    document = (DEPLOY / "mailroom.secret.yaml").read_text().replace("mailroom-alice", name)
     engine("kube", "play", "-", said=document.replace("fmu1-...", token))
     try:
         yield
@@ -372,7 +363,8 @@ class Systemd(Container):
 
 @contextmanager
 def systemd(image: str) -> Iterator[Systemd]:
-    """systemd as the first process of a container that may do everything."""
+    """systemd as the first process of a container that may do everything. A unit that has failed
+    waits for seconds in place of minutes."""
     with removed(unique_name()) as container:
         machine = Systemd(container.name)
         unit = DEPLOY / "mailroom@.service"
@@ -389,6 +381,9 @@ def systemd(image: str) -> Iterator[Systemd]:
         machine.sh("cp -r /image/app/. /opt/mailroom")
         machine.sh("ln -s /usr/bin/python3 /opt/mailroom/.venv/bin/python")
         machine.sh("mount --make-rshared /")  # as on a real machine; credentials need it
+        hurried = f"/run/systemd/system/{unit.name}.d"
+        lines = "[Service]\\nRestartSec=2\\n"
+        machine.sh(f"mkdir -p {hurried}; printf '{lines}' > {hurried}/test.conf")
         try:
             yield machine
         finally:
