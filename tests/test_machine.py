@@ -19,9 +19,9 @@ from test_faults import KINDS, REFUSED
 from tools import COUNTS, SERVERS
 from worlds import PHONE, Program, World, labels_in, seeded
 
-from mailroom import ancestors
-
-SENDERS = ("ann@a.example", "bob@b.example", "eve@e.example")
+# As people's are: plain, in NFC where a search may be asked in NFD, and at a domain with a U-label.
+SENDERS = ("ann@a.example", "jos\u00e9@b.example", "eve@m\u00fcller.example")
+UIDS = ("AAMkAGY3/+QBw=", "http://x.example/cards/17", "C0FFEE00-0000-4000-8000-000000000000")
 LABELS = tuple("@To" + name.replace(" ", "") for name in CATEGORIES)
 OTHERS = ("Mine", "Archive", "Trash", "Screener", "Feed")
 
@@ -44,8 +44,8 @@ class Accidents(RuleBasedStateMachine):
         self.edited: set[str] = set()
         self.users_turn = True
         self.homeless: list[str] = []
-        for sender in sorted(known):
-            self.world.store.add(sender, f"Known {sender}")
+        for sender, uid in zip(sorted(known), UIDS, strict=False):
+            self.phone.add_contact(sender, f"'Doe, Known {sender}'", uid=uid)
         for sender in SENDERS:
             self.world.deliver(sender, 2)
         self.world.watch()
@@ -199,8 +199,7 @@ class Accidents(RuleBasedStateMachine):
         return found
 
     def check_done(self, asked: dict[str, set[str]]) -> None:
-        categories = self.world.settings.triage_categories
-        by_label = {category.label: category for category in categories}
+        by_label = {each.label: each for each in self.world.settings.triage_categories}
         for sender, taps in asked.items():
             boxes = [
                 self.phone.mailboxes_of(id_)
@@ -211,11 +210,15 @@ class Accidents(RuleBasedStateMachine):
                 assert any("@MailroomError" in there for there in boxes), "no conflict is shown"
                 continue
             category = by_label[min(taps)]
-            family = {category.name, *(each.name for each in ancestors(category, categories))}
+            family = {category.name, category.parent} - {""}
+            if family & self.names.keys():
+                assert any("@MailroomError" in there for there in boxes), "no wait is shown"
+                continue
             assert self.world.groups()[sender] - {"Mailroom"} == family
             for there in boxes:
                 assert not labels_in(there), "a label is still on"
                 filed = there - {"@MailroomWarning", "@MailroomError", "Inbox", *OTHERS[:3]}
+                filed -= {*self.names.values()}
                 assert filed in (set(), family), there
 
     # What has to hold
