@@ -733,7 +733,8 @@ class Account:
         oldest. Raises ValueError where one that has it cannot be understood."""
         found = [card for card in cards if address in card.emails and not card.is_group]
         if bad := [card for card in found if card.problem]:
-            raise ValueError(f'the card "{bad[0].name or bad[0].ref}" has it and {bad[0].problem}')
+            name = bad[0].name or bad[0].ref
+            raise ValueError(f'the card "{name}" with this address {bad[0].problem}')
         groups = [card for card in cards if card.group_name in self.group_names]
         grouped = {key for group in groups for key in group.members.values()}
         found.sort(key=lambda card: (not card.keys & grouped, card.created or "~", card.uid))
