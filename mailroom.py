@@ -1452,8 +1452,10 @@ def jmap_card(raw: JSON, books: Sequence[str]) -> Card | None:
         facts = jmap_facts({key: raw[key] for key in raw.keys() - NOT_TOUCHES})
         made = [jmap_facts(jmap_new_card(new, books[0])) for new in made_as(card, addresses, notes)]
         return replace(card, is_untouched=any(facts <= each for each in made))
+    except KeyError as error:
+        return replace(card, problem=f"cannot be understood: it has no {error}")
     except MALFORMED as error:
-        return replace(card, problem=f"cannot be understood: {error!r}")
+        return replace(card, problem=f"cannot be understood: {error}")
 
 
 def jmap_facts(value: Any, key: str = "") -> set[tuple[str, Any]]:
