@@ -911,9 +911,8 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0
 MAX_REPLY_SECONDS = 300.0
 MAX_BYTES = 8 * 2**20
 MAX_DAV_BYTES = 32 * 2**20  # a portion of whole cards, with their photos
-MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 600.0
-OK, REFUSED, BUSY = (200,), (401, 403), (401, 403, 429, 502, 503, 504)
+OK, BUSY = (200,), (401, 403, 429, 502, 503, 504)
 LIMIT_SECONDS = 60.0  # for a server that speaks of a limit without a time
 # A connection that has rested may be dead without a word (a laptop that slept, NAT) and is not used
 # again; one in use is given up once nobody has been there for 15 seconds.
@@ -924,8 +923,8 @@ HTTPConnection.default_socket_options += [(socket.SOL_SOCKET, socket.SO_KEEPALIV
 for _name in filter(socket.__dict__.get, KEEPALIVE):  # Not every system has all of them.
     _option = (socket.IPPROTO_TCP, getattr(socket, _name), KEEPALIVE[_name])
     HTTPConnection.default_socket_options.append(_option)
+BROKEN = (urllib3.exceptions.HTTPError, OSError, ValueError)  # requests' errors are OSErrors
 Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
-PRIVATE_CA = "for a private CA put its certificate's path into SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
 
 
 class Adapter(HTTPAdapter):
@@ -968,6 +967,15 @@ def understood(what: str, hint: str = "") -> Iterator[None]:
         raise ServerError(f"{what} returned a malformed reply: {why}", answered=True) from None
 
 
+@contextmanager
+def unbroken(url: str) -> Iterator[None]:
+    """While a body is read: a connection that breaks is a ServerError."""
+    try:
+        yield
+    except BROKEN as error:
+        raise ServerError(f"{url}: connection lost: {network_reason(error)}") from None
+
+
 class Reply(NamedTuple):
     """A whole HTTP reply. `url`: where it came from, after redirects."""
 
@@ -989,12 +997,14 @@ class HTTPClient:
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
         self._session.mount("https://", Adapter())
 
-    def open(self, method: str, url: str, timeout: float | None, **named: Any) -> requests.Response:
-        """Return a response whose body is not read yet; `timeout` is for each read. Redirects are
-        followed within the origin. Raises ServerError; ConfigurationError for a URL, or another
-        origin, that the credentials are not meant for."""
+    def open(
+        self, method: str, url: str, timeout: float | None, accept: Collection[int], **named: Any
+    ) -> requests.Response:
+        """Return a response with one of the statuses to accept, whose body is not read yet;
+        `timeout` is for each read. Redirects are followed within the origin. Raises ServerError;
+        ConfigurationError for what the credentials are not meant for, or refused by."""
         named |= {"timeout": (CONNECT_TIMEOUT, timeout), "allow_redirects": False}
-        for _ in range(MAX_REDIRECTS):
+        for _ in range(5):
             if not is_safe_url(url):
                 raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
             # Plain http goes to this machine only, which is nothing for a proxy to see.
@@ -1005,17 +1015,19 @@ class HTTPClient:
                 # What the error says may hold the proxy's password.
                 reason = f"{url}, or the proxy in HTTPS_PROXY, is not a valid URL"
                 raise ConfigurationError(reason) from None
-            except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            except BROKEN as error:
                 raise ServerError(f"{url} cannot be reached: {network_reason(error)}") from None
             if not response.is_redirect:
-                return response
+                if response.status_code in accept:
+                    return response
+                raise self._refusal(response)
             response.close()
-            with understood(url):
-                here, there = urlsplit(url), urlsplit(urljoin(url, response.headers["Location"]))
-                if (here.scheme, there.scheme, there.hostname) == ("https", "http", here.hostname):
+            source = url
+            with understood(source):
+                url = urljoin(source, response.headers["Location"])
+                if source.startswith("https:"):
                     # A server behind a TLS proxy may say http where it means https.
-                    there = there._replace(scheme=here.scheme, netloc=here.netloc)
-                source, url = url, there.geturl()
+                    url = re.sub("^http:", "https:", url)
                 if self._session.should_strip_auth(source, url):  # type: ignore[no-untyped-call]
                     hint = f"if that is right, put it into {self._setting}"
                     raise ConfigurationError(f"{source} redirects to {url}: {hint}")
@@ -1024,52 +1036,38 @@ class HTTPClient:
     def request(
         self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Collection[int] = OK
     ) -> Reply:
-        """Return a whole reply with one of the statuses to accept. Raises as `open` does, and
-        CredentialsError."""
+        """Return a whole reply. Raises as `open` does."""
         if time.monotonic() - self._used > MAX_REST_SECONDS:
             self._session.close()  # It opens anew by itself.
-        content, late = bytearray(), ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
-        timeout = gevent.Timeout(MAX_REPLY_SECONDS, late)
-        with timeout, self.open(method, url, READ_TIMEOUT, headers=headers, data=body) as response:
-            for chunk in chunks_of(response):
-                content += chunk
-                if len(content) > self._most:
-                    raise ServerError(f"{url} sent more than {self._most:,} bytes", answered=True)
+        late = ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
+        with gevent.Timeout(MAX_REPLY_SECONDS, late):
+            response = self.open(method, url, READ_TIMEOUT, accept, headers=headers, data=body)
+            with response, unbroken(response.url):
+                content = response.raw.read(self._most + 1, decode_content=True)
+        if len(content) > self._most:
+            raise ServerError(f"{url} sent more than {self._most:,} bytes", answered=True)
         self._used = time.monotonic()
-        reply = Reply(response.status_code, response.headers, bytes(content), response.url)
-        if reply.status not in accept:
-            raise self._refusal(reply)
-        return reply
+        return Reply(response.status_code, response.headers, content, response.url)
 
-    def _refusal(self, reply: Reply) -> MailroomError:
+    def _refusal(self, response: requests.Response) -> MailroomError:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
         credentials, nor does a web page, which some proxy made."""
-        said, wait = error_words(reply), retry_after(reply.headers)
-        text = f"{reply.url} answered HTTP {reply.status}" + (f": {said}" if said else "")
-        if not wait and reply.status in BUSY:
+        status, headers, body, wait = response.status_code, response.headers, b"", 0.0
+        with response, suppress(*BROKEN):
+            body = response.raw.read(2**16, decode_content=True)
+        with suppress(urllib3.exceptions.InvalidHeader, *MALFORMED):
+            wait = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))
+        said = error_words(headers, body)
+        if not wait and status in BUSY:
             is_limit = re.search("limit|too many", said, re.IGNORECASE)
-            wait = LIMIT_SECONDS if is_limit else float(reply.status == 429)
-        is_page = reply.status == 403 and "html" in reply.headers.get("Content-Type", "")
-        if reply.status in REFUSED and not (wait or is_page):
+            wait = LIMIT_SECONDS if is_limit else float(status == 429)
+        text = f"{response.url} answered HTTP {status}" + (f": {said}" if said else "")
+        is_page = "html" in headers.get("Content-Type", "")
+        if not wait and (status == 401 or (status == 403 and not is_page)):
             return CredentialsError(f"{text}: the credentials are refused. {self._remedy}")
-        hint = f"; check {self._setting}" if reply.status == 404 else ""
-        return ServerError(text + hint, answered=reply.status not in BUSY, retry_after=wait)
-
-
-def chunks_of(response: requests.Response, *quiet: Any) -> Iterator[bytes]:
-    """Yield the body as it arrives: `read1` does not wait for a buffer to fill. Raises ServerError
-    when the connection breaks. `quiet`: for how long nothing may come, and what is raised then."""
-    while True:
-        try:
-            with gevent.Timeout(*quiet):
-                chunk = response.raw.read1(2**13, decode_content=True)
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            lost = f"{response.url}: connection lost: {network_reason(error)}"
-            raise ServerError(lost) from None
-        if not chunk:
-            return
-        yield chunk
-        gevent.sleep(0)  # A flood keeps nobody else from working.
+        hint = f"; check {self._setting}" if status == 404 else ""
+        wait = min(wait, MAX_RETRY_AFTER)
+        return ServerError(text + hint, answered=status not in BUSY, retry_after=wait)
 
 
 def at_well_known(url: str, service: str) -> str:
@@ -1085,29 +1083,21 @@ def network_reason(error: BaseException) -> str:
         error = inner
     text = (getattr(error, "strerror", None) or "").lower() or " ".join(str(error).split())
     if isinstance(error, ssl.SSLCertVerificationError):
-        text = f"{error.verify_message}; {PRIVATE_CA}"
+        ca = "for a private CA put its certificate's path into SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
+        text = f"{error.verify_message}; {ca}"
     elif isinstance(error, socket.gaierror):
         text = "unknown host"
     return f"the proxy (HTTPS_PROXY) failed: {text}" if is_proxy else text
 
 
-def error_words(reply: Reply) -> str:
+def error_words(headers: Mapping[str, str], body: bytes) -> str:
     """Return what a server says of its error, in a problem (RFC 7807) or in plain text."""
-    try:
-        problem = json.loads(reply.body)
-        said = problem.get("detail") or problem.get("title") or problem.get("type") or ""
-    except MALFORMED:
-        is_plain = reply.headers.get("Content-Type", "text/plain").startswith("text/plain")
-        said = reply.body.decode(errors="replace") if is_plain else ""
+    is_plain = headers.get("Content-Type", "text/plain").startswith("text/plain")
+    said = body.decode(errors="replace") if is_plain else ""
+    with suppress(*MALFORMED):
+        problem = json.loads(body)
+        said = problem.get("detail") or problem.get("title") or problem["type"]
     return truncate(" ".join(str(said).split()), 200)
-
-
-def retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds of a Retry-After header, within bounds; 0 without a sound one."""
-    with suppress(urllib3.exceptions.InvalidHeader, *MALFORMED):
-        wait = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))
-        return min(wait, MAX_RETRY_AFTER)
-    return 0.0
 
 
 def outcome(run: Callable[[], object]) -> BaseException | None:
@@ -1216,7 +1206,6 @@ class JMAPClient:
         self._http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
         self._session: JSON = {}
         self._accounts: dict[str, JSON] = {}
-        self._state = ""
 
     def connect(self) -> None:
         """Fetch the session (RFC 8620 section 2). Raises ServerError, ConfigurationError."""
@@ -1238,7 +1227,7 @@ class JMAPClient:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
         self.session_capabilities, self.limits = session["capabilities"], limits
         self.event_source_url = events or None
-        self._session, self._accounts, self._state, self.stale = session, accounts, "", False
+        self._session, self._accounts, self.stale = session, accounts, False
 
     @property
     def account_id(self) -> str:
@@ -1281,11 +1270,11 @@ class JMAPClient:
         reply = self._http.request("POST", self._session["apiUrl"], headers, body)
         with understood(reply.url):
             decoded = json.loads(reply.body)
-            state = str(decoded.get("sessionState", ""))
             said = {tag: (name, {**answer}) for name, answer, tag in decoded["methodResponses"]}
             answers = [said[str(n)] for n in range(len(calls))]
-        self.stale |= self._state not in ("", state)
-        self._state = state
+        # Some servers do not have it in the session itself.
+        state = decoded.get("sessionState")
+        self.stale |= self._session.setdefault("sessionState", state) != state
         for (method, _), (name, answer) in zip(calls, answers, strict=True):
             if name == "error":
                 raise MethodError(method, answer)
@@ -1806,7 +1795,9 @@ class CardDAVContacts:
         if reply.status == 412 or is_page:
             raise late
         if reply.status not in (200, 201, 204) and (method, reply.status) != ("DELETE", 404):
-            refused[change.key] = f"HTTP {reply.status} {error_words(reply)}".strip()
+            refused[change.key] = (
+                f"HTTP {reply.status} {error_words(reply.headers, reply.body)}".strip()
+            )
             return
         self._entries.pop(url, None)
         # A server that makes something else of a card tells no strong ETag (RFC 6352 section
@@ -1825,15 +1816,9 @@ FIRST_DELAY, MAX_DELAY = 1.0, 60.0
 PROVEN_SECONDS = 60.0
 ANSWER_TIMEOUT = 30.0
 MAX_EVENT_BYTES = 2**16
+# What no new attempt will change soon, and how loudly to say it; a stream gone quiet is routine.
+LEVEL_OF = {CredentialsError: logging.ERROR, MailroomError: logging.INFO, type(None): logging.DEBUG}
 BLOCK_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-
-
-class StreamEnd(ServerError):  # noqa: N818  (streams end: that is no error in itself)
-    """Why a stream ended, and how loudly to say so."""
-
-    def __init__(self, reason: str, level: int = logging.WARNING, wait: float = 0) -> None:
-        super().__init__(reason, retry_after=wait)
-        self.level = level
 
 
 @dataclass
@@ -1862,104 +1847,85 @@ def backoff(attempt: int, first: float = 0.0) -> float:
     return min(max(first, FIRST_DELAY) * 2.0 ** min(attempt, 16), MAX_DELAY)
 
 
-def event_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def event_blocks(response: requests.Response) -> Iterator[bytes]:
     """Yield the stream's events one by one, as sseclient can digest them: whole, of bounded size,
-    in good UTF-8, and each with data so that none is dropped. One that is cut off is not dispatched
-    (HTML Living Standard, section 9.2.6). Raises StreamEnd for one that is too long."""
+    in good UTF-8, each with data so that none is dropped, and none that is cut off (HTML Living
+    Standard, section 9.2.6), until nothing has come for QUIET_LIMIT. Raises ServerError."""
     rest = b""
-    for chunk in chunks:
+    while len(rest) <= MAX_EVENT_BYTES:
+        chunk = None
+        quiet = gevent.Timeout(QUIET_LIMIT, False)  # type: ignore[arg-type]  # It raises nothing.
+        with quiet, unbroken(response.url):  # `read1` does not wait for a buffer to fill.
+            chunk = response.raw.read1(2**13, decode_content=True)
+        if chunk is None:
+            return
+        if not chunk:
+            raise ServerError("the server closed it")
         *blocks, rest = BLOCK_END.split(rest + chunk)
         for block in blocks:
             yield block.decode("utf-8-sig", "replace").encode() + b"\ndata:\n\n"
-        if len(rest) > MAX_EVENT_BYTES:
-            raise StreamEnd(f"an event has more than {MAX_EVENT_BYTES} bytes")
+        gevent.sleep(0)  # A flood keeps nobody else from working.
+    raise ServerError(f"an event has more than {MAX_EVENT_BYTES} bytes")
 
 
-def check_stream(response: requests.Response) -> None:
-    """Raises StreamEnd unless the response is an event stream."""
-    status, media_type = response.status_code, response.headers.get("Content-Type", "")
-    wait = retry_after(response.headers)
-    if status == 204:
-        raise StreamEnd("the server has no push (HTTP 204): polling", logging.INFO, MAX_DELAY)
-    if status in REFUSED:
-        reason = f"the credentials are refused (HTTP {status})"
-        raise StreamEnd(reason, logging.ERROR, max(wait, MAX_DELAY))
-    if status != 200:
-        raise StreamEnd(f"HTTP {status}", wait=wait)
-    if media_type.partition(";")[0].strip().lower() != "text/event-stream":
-        raise StreamEnd(f'the reply is "{media_type}", not an event stream')
+def stream_events(http: HTTPClient, url: str) -> Iterator[Any]:
+    """Yield None once there is a connection to an event source, and then its events, until it has
+    gone quiet. Raises ServerError and ConfigurationError, MailroomError where there is no push."""
+    headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
+    with gevent.Timeout(ANSWER_TIMEOUT, ServerError(f"timed out after {ANSWER_TIMEOUT:g} s")):
+        url = expand_event_source_url(url)
+        response = http.open("GET", url, None, (200, 204), headers=headers)
+    with response:
+        media_type = response.headers.get("Content-Type", "")
+        if response.status_code == 204:
+            raise MailroomError("the server has no push (HTTP 204): polling")
+        if not media_type.lower().startswith("text/event-stream"):
+            raise ServerError(f'the reply is "{media_type}", not an event stream')
+        yield None
+        yield from SSEClient(event_blocks(response)).events()
 
 
-@dataclass
-class EventStream:
-    """One connection after another to an event source, and what outlasts each of them. `url` tells
-    where it is by now, `on_open` is called for each connection that is made, `on_state` for each
-    `state` event."""
+def follow(
+    connect: Callable[[], Iterator[Any]], shutdown_event: Any, log: Any, status: StreamStatus
+) -> Iterator[Any]:
+    """Connect again and again, and yield all that comes."""
+    retry, opened, attempt, logged = 0.0, 0.0, 0, set[str]()
 
-    http: HTTPClient
-    url: Callable[[], str]
-    status: StreamStatus
-    log: Any
-    on_open: Callable[[], object]
-    on_state: Callable[[], object]
-    _retry: float = 0.0
-    _attempt: int = 0
-    _opened: float = 0.0
-    _logged: frozenset[str] = frozenset()
-
-    def follow(self, shutdown_event: Any) -> None:
-        """Connect again and again."""
-        status = self.status
-        while not shutdown_event.is_set():
-            try:
-                end = self._run()
-            except MailroomError as error:
-                end = error if isinstance(error, StreamEnd) else StreamEnd(str(error))
-            level, stood = end.level, time.monotonic() - self._opened
-            if status.status == "connected" and stood >= PROVEN_SECONDS:
-                # It has earned the first delay again, and its end is routine.
-                self._attempt, self._logged, level = 0, frozenset({"connected"}), logging.DEBUG
-            self._say(level, str(end))
-            status.status, status.connected_since = "disconnected", None
-            status.last_error = str(end) if level > logging.DEBUG else status.last_error
-            if end.level > logging.DEBUG:
-                delay = backoff(self._attempt, self._retry)
-                self._attempt += 1
-                shutdown_event.wait(max(end.retry_after, delay))
-
-    def _run(self) -> StreamEnd:
-        """Make one connection, and follow it to its end. Raises ServerError, ConfigurationError."""
-        status = self.status
-        status.status = "connecting"
-        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        with gevent.Timeout(ANSWER_TIMEOUT, StreamEnd(f"timed out after {ANSWER_TIMEOUT:g} s")):
-            url = expand_event_source_url(self.url())
-            response = self.http.open("GET", url, None, headers=headers)
-        # Some servers send no pings, so it is routine that a link may be dead.
-        dead = StreamEnd(f"nothing came for {QUIET_LIMIT:g} s, connecting again", logging.DEBUG)
-        with response:
-            check_stream(response)
-            status.reconnect_count += bool(self._opened)
-            status.status, status.connected_since = "connected", now_iso()
-            self._opened = time.monotonic()
-            self._say(logging.INFO, "connected")
-            self.on_open()
-            for event in SSEClient(event_blocks(chunks_of(response, QUIET_LIMIT, dead))).events():
-                if event.event in ("state", "ping"):
-                    status.last_event_at = now_iso()
-                if re.fullmatch("[0-9]+", retry := event.retry or ""):
-                    self._retry = float(retry) / 1000
-                if event.event == "state":
-                    self.on_state()
-        return StreamEnd("the server closed it")
-
-    def _say(self, level: int, text: str) -> None:
-        """Log what happens to the stream, each thing once until it has proved healthy; and that it
-        is connected once more after each failure that is news."""
-        is_news = level > logging.DEBUG and text not in self._logged
-        self.log.log(level if is_news else logging.DEBUG, f"event stream: {text}")
+    def say(level: int, text: str) -> None:
+        """Log each thing once, and the connection once more after each failure that is news."""
+        is_news = level > logging.DEBUG and text not in logged
+        log.log(level if is_news else logging.DEBUG, f"event stream: {text}")
         if is_news:
-            self._logged = self._logged - {"connected"} | {text}
+            logged.discard("connected")
+            logged.add(text)
+
+    while not shutdown_event.is_set():
+        error: MailroomError | None = None
+        try:
+            for event in connect():
+                if event is None:
+                    status.reconnect_count += bool(opened)
+                    status.status, status.connected_since = "connected", now_iso()
+                    opened = time.monotonic()
+                    say(logging.INFO, "connected")
+                elif event.event in ("state", "ping"):
+                    status.last_event_at = now_iso()
+                if event and re.fullmatch("[0-9]+", event.retry or ""):
+                    retry = float(event.retry) / 1000
+                yield event
+        except MailroomError as caught:
+            error = caught
+        level = LEVEL_OF.get(type(error), logging.WARNING)
+        if status.status == "connected" and time.monotonic() - opened >= PROVEN_SECONDS:
+            # It has earned the first delay again, and its end is routine.
+            attempt, logged, level = 0, {"connected"}, logging.DEBUG
+        say(level, str(error or f"nothing came for {QUIET_LIMIT:g} s"))
+        status.status, status.connected_since = "disconnected", None
+        if error:
+            status.last_error = str(error)
+            least = MAX_DELAY if type(error) in LEVEL_OF else error.retry_after
+            shutdown_event.wait(max(least, backoff(attempt, retry)))
+            attempt += 1
 
 
 def sse_listener(
@@ -1977,21 +1943,25 @@ def sse_listener(
     """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
     `event_queue` for each `state` event. `current_url` tells where the event source is by now, if
     it is known; `on_open` is called for each connection made."""
-    stream = EventStream(
-        HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY),
-        lambda: current_url() or event_source_url,
-        status or StreamStatus(),
-        log or LOG,
-        on_open,
-        lambda: event_queue.put("state_changed"),
-    )
+    http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
+
+    def connect() -> Iterator[Any]:
+        return stream_events(http, current_url() or event_source_url)
+
+    def listen() -> None:
+        for event in follow(connect, shutdown_event, log or LOG, status or StreamStatus()):
+            if event is None:
+                on_open()
+            elif event.event == "state":
+                event_queue.put("state_changed")
+
     # A blocked read is ended by killing its greenlet: closing the response would deadlock.
-    reader = gevent.spawn(outcome, lambda: stream.follow(shutdown_event))
-    either: list[Any] = [reader, gevent.spawn(shutdown_event.wait)]
+    reader = gevent.spawn(outcome, listen)
+    either: list[Any] = [reader, shutdown_event]
     try:
         gevent.wait(either, count=1)
     finally:
-        gevent.killall(either)
+        reader.kill()
     if isinstance(reader.value, Exception):
         raise reader.value
 
