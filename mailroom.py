@@ -74,7 +74,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -109,22 +109,23 @@ MALFORMED = (
 
 
 class MailroomError(Exception):
-    """Something a person can act on. Its text is one line: what was wrong, and what to do.
-    `answered`: the server is well and turned down this very request, so that another may do
-    better; `retry_after`: the seconds for which the server wants to be left alone."""
+    """Something a person can act on; each of `problems` is a line: what was wrong, what to do.
+    `answered`: the server is well and turned down this very request, so that another may do better;
+    `retry_after`: the seconds for which it wants to be left alone; `is_lasting`: it will be the
+    same tomorrow, and ends a program that has not had a cycle yet with status 2."""
 
-    def __init__(self, text: str = "", *, answered: bool = False, retry_after: float = 0) -> None:
-        super().__init__(text)
-        self.answered, self.retry_after = answered, retry_after
+    is_lasting = False
+
+    def __init__(self, *problems: str, answered: bool = False, retry_after: float = 0) -> None:
+        super().__init__("; ".join(problems))
+        self.answered = answered or self.is_lasting
+        self.problems, self.retry_after = problems, retry_after
 
 
 class ConfigurationError(MailroomError):
-    """Settings, credentials or the account are not fit for use; before the first cycle has
-    succeeded it ends the program with status 2. `problems` holds one line for each thing wrong."""
+    """Settings, credentials or the account are not fit for use."""
 
-    def __init__(self, *problems: str) -> None:
-        super().__init__("; ".join(problems), answered=True)
-        self.problems = problems
+    is_lasting = True
 
 
 class CredentialsError(ConfigurationError):
@@ -140,6 +141,8 @@ class ServerError(MailroomError):
 PREFIX = "MAILROOM_"
 CATEGORIES = "MAILROOM_TRIAGE_CATEGORIES"
 SECRETS = ("jmap_token", "carddav_password")
+LABELS = ("label_mailroom_error", "label_mailroom_warning", "label_undo")
+NAMES = ("screener_mailbox", *LABELS, "provenance_group")
 # What stands around a value by accident: blanks, and the byte order mark of an editor.
 BLANKS = " \t\r\n\ufeff"
 QUOTED = re.compile(r"([\"'`]).*\1", re.DOTALL)
@@ -202,9 +205,10 @@ PASSWORD = Rule("str", TEXT.is_valid, "the password of the user, on one line, or
 POLL = Rule("float", lambda value: 0.01 <= value <= 86400, "seconds, 0.01 to 86400")
 DEBOUNCE = Rule("float", lambda value: 0 <= value <= 600, "seconds, 0 to 600")
 PORT = Rule("int", lambda value: 0 <= value <= 65535, "a port, or 0 for none")
-LEVELS = ("debug", "info", "warning", "error")
-LEVEL = Rule("str", lambda value: value in LEVELS, f"one of {', '.join(LEVELS)}")
-FORMAT = Rule("str", lambda value: value in ("json", "text"), "json or text")
+LEVEL = Rule(
+    "str", re.compile("debug|info|warning|error").fullmatch, "debug, info, warning or error"
+)
+FORMAT = Rule("str", re.compile("json|text").fullmatch, "json or text")
 LIST = Rule("json", lambda value: isinstance(value, list) and value, "a JSON list of categories")
 KIND = Rule("str", lambda value: value in ("company", "person"), "company or person")
 CATEGORY_KEYS = {"name": NAME, "label": NAME, "contact_group": NAME, "destination_mailbox": NAME}
@@ -257,12 +261,11 @@ def ancestors(category: Category, categories: Iterable[Category]) -> list[Catego
 
 class SettingsReader(FileAwareEnv):
     """environs, with keywords before the environment; what is empty counts as not set. `problems`:
-    a line for each setting that is bad; `names`: {variable: name} of those that name something."""
+    a line for each setting that is bad."""
 
     def __init__(self, keywords: Mapping[str, Any]) -> None:
         super().__init__(prefix=PREFIX)
         self.problems: list[str] = []
-        self.names: dict[str, str] = {}
         self._keywords = {PREFIX + name.upper(): value for name, value in keywords.items()}
         self._given: Any = ""  # the last value, as it was given
 
@@ -281,17 +284,15 @@ class SettingsReader(FileAwareEnv):
         except (ValueError, OSError, RecursionError) as error:
             self.problems.append(self._complaint(name, rule, error))
             return default
-        if rule is NAME:
-            value = self.names[PREFIX + name.upper()] = plain_name(value)
-        return value
+        return plain_name(value) if rule is NAME else value
 
     def _complaint(self, name: str, rule: Rule, error: BaseException) -> str:
         """Return the variable, its value (never a secret's), the reason, and what is expected."""
         variable, value = PREFIX + name.upper(), str(self._given)
         path = "" if variable in self._keywords else os.environ.get(f"{variable}_FILE", "")
-        shown = f"={self._given!r}" if value and name not in SECRETS else ""
-        if rule is URL:  # It may have a user's name and password in it.
-            shown = re.sub("=.*@", "='[secret]@", shown)
+        # A URL may have a user's name and password in it.
+        is_secret = name in SECRETS or (rule is URL and "@" in value)
+        shown = f"={self._given!r}" if value and not is_secret else ""
         # A path of another look may be the secret itself, in the wrong variable.
         where = f" (in the file {path!r})" if path.startswith(("/", ".")) else ""
         while error.__cause__:
@@ -337,27 +338,28 @@ class MailroomSettings:
         self.health_port: int = read("health_port", 8080, PORT)
         if unknown := keywords.keys() - vars(self).keys():
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-        if problems := [*reader.problems, *wrong, *self._conflicts(reader.names)]:
+        if problems := [*reader.problems, *wrong, *self._conflicts()]:
             raise ConfigurationError(*problems, *self.warnings)
 
-    def _conflicts(self, names: Mapping[str, str]) -> Iterator[str]:
+    def _conflicts(self) -> Iterator[str]:
         """Yield a line for each thing wrong between settings that are good by themselves."""
         categories = self.triage_categories
-        labels = [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
+        names = [(PREFIX + name.upper(), getattr(self, name)) for name in NAMES]
+        names += [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
         taken = {"inbox": 'the Inbox, for which there is "add_to_inbox"'}
-        for what, name in [*names.items(), *labels]:
+        for what, name in names:
             if near_key(name) in taken:
                 yield f"{what}: the name {name!r} is taken by {taken[near_key(name)]}"
             taken.setdefault(near_key(name), what)
-        by_name, by_group = dict[str, Category](), dict[str, Category]()
-        for each in categories:
+        by_group = dict[str, Category]()
+        for n, each in enumerate(categories):
             where, line = f"{CATEGORIES}: {each.name}", [each, *ancestors(each, categories)]
             for name in dict.fromkeys([each.destination_mailbox, each.contact_group]):
                 if near_key(name) in taken:
                     yield f"{where}: the name {name!r} is taken by {taken[near_key(name)]}"
             if parent := line[-1].parent:
                 yield f"{where}: there is no parent {parent}, or it is its own ancestor"
-            if by_name.setdefault(each.name, each) is not each:
+            if any(each.name == other.name for other in categories[:n]):
                 yield f"{where}: the name comes twice"
             other = by_group.setdefault(near_key(each.contact_group), each)
             if other not in line and each not in ancestors(other, categories):
@@ -2322,8 +2324,7 @@ METRICS = {
 
 
 class Health:
-    """What the service can say of itself; the service and the cycle write it. `samples`: those of
-    the metrics, by their names without the prefix."""
+    """What the service can say of itself. `samples`: of the metrics, by names without prefix."""
 
     def __init__(self, settings: MailroomSettings) -> None:
         self.stream = StreamStatus()
@@ -2393,13 +2394,6 @@ def drain_queue(queue: Any) -> int:
             queue.get_nowait()
             dropped += 1
     return dropped
-
-
-def as_lasting(error: MailroomError) -> ConfigurationError | None:
-    """Return an error that will be the same tomorrow, None for one that may pass."""
-    if isinstance(error, MethodError) and error.is_lasting:
-        return ConfigurationError(f"the server lacks what it needs: {error}")
-    return error if isinstance(error, ConfigurationError) else None
 
 
 class Service:
@@ -2472,7 +2466,7 @@ class Service:
 
     def _cycle(self, trigger: str) -> float:
         """Run one cycle; the seconds until the next one is due at the latest. Until one has
-        succeeded it raises ConfigurationError for what lasts."""
+        succeeded it raises an error that lasts."""
         health, interval, pause = self.health, self._settings.poll_interval, 0.0
         before = health.consecutive_failures
         late = MailroomError(f"the cycle timed out after {CYCLE_DEADLINE:g} s")
@@ -2483,8 +2477,8 @@ class Service:
             health.is_refused = False
             self._is_ready.set()
         except MailroomError as error:
-            if (lasting := as_lasting(error)) and not self._is_ready.is_set():
-                raise lasting from None
+            if error.is_lasting and not self._is_ready.is_set():
+                raise
             self._client.stale = True  # Nothing of the account is taken for granted.
             health.is_refused |= isinstance(error, CredentialsError)
             failures, pause = {"": str(error)}, error.retry_after
@@ -2543,14 +2537,14 @@ def print_line(settings: MailroomSettings, text: str) -> None:
     print(one_line(settings.redact(text)), flush=True)
 
 
-def needs_in_lines(settings: MailroomSettings, account: Account) -> Iterator[str]:
+def needs_in_lines(account: Account) -> Iterator[str]:
     """Yield a line for each thing that the account needs, what is missing first."""
     if not account.inbox:
         yield "missing  a mailbox with the role of the Inbox"
-    for need in sorted(needs_of(settings), key=lambda each: each not in account.missing):
-        state, near = "missing" if need in account.missing else "there  ", account.missing.get(need)
-        hint = f': there is "{near}", rename it' if near else ""
-        yield f'{state}  {need[0]} "{need[1]}"{hint}'
+    for (kind, name), near in account.missing.items():
+        yield f'missing  {kind} "{name}"' + (f': there is "{near}", rename it' if near else "")
+    for need in [need for need in needs_of(account.settings) if need not in account.missing]:
+        yield f'there    {need[0]} "{need[1]}"'
     roles = {each.id: each.role for each in account.mailboxes}
     for name, box in account.destinations.items():
         if roles[box] in ("trash", "junk", "archive"):
@@ -2559,31 +2553,28 @@ def needs_in_lines(settings: MailroomSettings, account: Account) -> Iterator[str
 
 def make_missing(
     client: JMAPClient, contacts: ContactStore, account: Account, cards: Iterable[Card]
-) -> Iterator[str]:
-    """Make what the account lacks, unless it has a near name; yield a line for each thing."""
-
-    def lines(needs: Mapping[str, tuple[str, str]], refused: Mapping[str, str]) -> Iterator[str]:
-        for key, (kind, name) in needs.items():
-            why = f": {refused[key]}" if key in refused else ""
-            yield f'{"refused" if why else "made   "}  {kind} "{name}"{why}'
-
+) -> Iterator[tuple[Need, str]]:
+    """Make what the account lacks, unless it has a near name; yield each thing, and why it was
+    refused, if it was."""
     lacking = [need for need, near in account.missing.items() if not near]
-    groups = [need for need in lacking if need[0] == "contact group"]
-    boxes = {f"m{n}": need for n, need in enumerate(need for need in lacking if need not in groups)}
+    boxes = [need for need in lacking if need[0] != "contact group"]
     ids = {each.path: each.id for each in account.mailboxes}
     refused, create = dict[str, str](), dict[str, JSON]()
-    for key, (_, path) in boxes.items():
+    for n, (_, path) in enumerate(boxes):
         above, _, name = path.rpartition("/")
         if above and above not in ids:
-            refused[key] = f'there is no mailbox "{above}"'
+            refused[f"m{n}"] = f'there is no mailbox "{above}"'
         else:
-            create[key] = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
+            create[f"m{n}"] = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
     for part in batched(create.items(), client.limits["maxObjectsInSet"]):
         refused |= set_errors(client.call("Mailbox/set", {"create": dict(part)}))
-    yield from lines(boxes, refused)
-    uids = {own_uid(f"group:{need[1]}", cards): need for need in groups}
-    new = {uid: CardChange(uid=uid, kind="group", name=need[1]) for uid, need in uids.items()}
-    yield from lines(uids, contacts.apply(new))
+    for n, need in enumerate(boxes):
+        yield need, refused.get(f"m{n}", "")
+    groups = {own_uid(f"group:{need[1]}", cards): need for need in lacking if need not in boxes}
+    new = {uid: CardChange(uid=uid, kind="group", name=groups[uid][1]) for uid in groups}
+    refused = contacts.apply(new)
+    for uid, need in groups.items():
+        yield need, refused.get(uid, "")
 
 
 def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list[JSON]:
@@ -2594,14 +2585,15 @@ def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list
     messages go to the mailboxes of all of them, and stay in the Inbox if they do for one of them.
     `paths`: {mailbox's name: its path}."""
     categories, now = settings.triage_categories, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    # As in Fastmail's export. The rules that follow one apply too.
     off = ("markRead", "markFlagged", "showNotification", "discard", "markSpam", "stop")
     none = ("conditions", "redirectTo", "snoozeUntil", "previousFileInName")
+    same: JSON = dict.fromkeys(off, False) | dict.fromkeys(none)
+    same |= {"combinator": "all", "created": now, "updated": now}
 
     def rule(name: str, search: str, box: str | None, skip: bool) -> JSON:
-        """Return a rule as it is in Fastmail's export; the rules that follow it apply too."""
-        about = {"name": f"Mailroom: {name}", "combinator": "all", "created": now, "updated": now}
-        does: JSON = {"search": search, "fileIn": box and paths.get(box, box), "skipInbox": skip}
-        return {**about, **does, **dict.fromkeys(off, False), **dict.fromkeys(none)}
+        does = {"search": search, "fileIn": box and paths.get(box, box), "skipInbox": skip}
+        return {"name": f"Mailroom: {name}", **does, **same}
 
     def fromin(group: str) -> str:
         return f"fromin:{json.dumps(group, ensure_ascii=False)}"
@@ -2620,39 +2612,44 @@ def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list
     return [*rules, rule("strangers", "NOT fromin:contacts", settings.screener_mailbox, True)]
 
 
+def write_rules(account: Account, file: str) -> int:
+    """Write the rules into a new file, or to standard output for `-`; the exit status. Raises
+    ConfigurationError."""
+    # Of several mailboxes with one name the first is meant.
+    paths = {each.name: each.path for each in reversed(account.mailboxes)}
+    rules = json.dumps(fastmail_rules(account.settings, paths), indent=2)
+    if file == "-":
+        print(rules, flush=True)
+        return 0
+    try:
+        with open(file, "x", encoding="utf-8") as opened:
+            print(rules, file=opened)
+    except OSError as error:  # It may be there already, and not be ours.
+        raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
+    print_line(account.settings, f"{file}: import it in Settings - Filters & Rules, once.")
+    return 0
+
+
 def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: show what the account has and lacks, and make it with `--apply`; the exit
     status, 1 while something is missing. Raises MailroomError."""
-    file = options.fastmail_rules
-    if file == "-" and options.apply:
-        raise ConfigurationError("--fastmail-rules - prints the rules alone: leave out --apply")
     client, contacts = new_clients(settings)
     account, cards = read_account(settings, client, contacts)
-    # Of several mailboxes with one name the first is meant.
-    paths = {each.name: each.path for each in reversed(account.mailboxes)}
-    rules = json.dumps(fastmail_rules(settings, paths), indent=2) + "\n"
-    if file == "-":
-        print(rules, end="", flush=True)
-        return 0
+    if options.fastmail_rules:
+        return write_rules(account, options.fastmail_rules)
     pushes = "yes" if client.event_source_url else "no, so it is polled"
     print_line(settings, f"{client.session_url}; push: {pushes}")
-    for line in needs_in_lines(settings, account):
+    for line in needs_in_lines(account):
         print_line(settings, line)
     left = len(account.missing) + (not account.inbox)
     verdict = "Nothing has been changed" if left else "There is nothing to do"
     if left and options.apply:
         options.begun = True
-        for line in make_missing(client, contacts, account, cards):
-            print_line(settings, line)
-            left -= line.startswith("made")
+        for (kind, name), why in make_missing(client, contacts, account, cards):
+            done = f'refused  {kind} "{name}": {why}' if why else f'made     {kind} "{name}"'
+            print_line(settings, done)
+            left -= not why
         verdict = "Not all of it could be made" if left else "All is there"
-    if file:
-        try:
-            with open(file, "x", encoding="utf-8") as opened:
-                opened.write(rules)
-        except OSError as error:  # It may be there already, and not be ours.
-            raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
-        print_line(settings, f"{file}: import it in Settings - Filters & Rules, once.")
     print_line(settings, f"{verdict}. Next: {PROGRAM}{' setup --apply' if left else ''}")
     return 1 if left else 0
 
@@ -2724,9 +2721,8 @@ def is_confirmed() -> bool:
     """Ask the person at the terminal. Raises ConfigurationError when there is none."""
     if not sys.stdin.isatty():
         raise ConfigurationError("there is no terminal to confirm it at: give --yes")
-    with suppress(EOFError):
-        return input('Type "reset" to go on: ').strip() == "reset"
-    return False
+    print('Type "reset" to go on: ', end="", flush=True)
+    return sys.stdin.readline().strip() == "reset"
 
 
 # The command ######################################################################################
@@ -2736,14 +2732,7 @@ SHUTDOWN_SECONDS = 4
 
 def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: serve, or do one cycle; the exit status. Raises ConfigurationError."""
-    said: set[str] = set()
-
-    def say(text: str) -> None:
-        """Print what a dry run finds, where that is news."""
-        if text not in said:
-            print_line(settings, text)
-        said.add(text)
-
+    say = cache(partial(print_line, settings))  # a dry run prints what is news
     service = Service(settings, once=options.once, say=say if options.dry_run else None)
 
     def stop(*_: object) -> None:
@@ -2756,7 +2745,7 @@ def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     status = service.run()
-    if options.dry_run and options.once and not (said or status):
+    if options.dry_run and options.once and not (status or say.cache_info().currsize):
         print_line(settings, "There is nothing to do.")
     return status
 
@@ -2778,9 +2767,10 @@ def command_line() -> argparse.ArgumentParser:
     each.add_argument("--once", help="look at the account once and end, for cron", **flag)
     each.add_argument("--dry-run", help="say what would be done, and write nothing", **flag)
     each = commands.add_parser("setup", help="show what the account lacks and has")
-    each.add_argument("--apply", help="make what it lacks", **flag)
+    either = each.add_mutually_exclusive_group()
+    either.add_argument("--apply", help="make what it lacks", **flag)
     rules = "write a rules file for Fastmail (-: print it)"
-    each.add_argument("--fastmail-rules", metavar="FILE", help=rules)
+    either.add_argument("--fastmail-rules", metavar="FILE", help=rules)
     each = commands.add_parser("reset", help="show what taking Mailroom out would do")
     each.add_argument("--apply", help="do it, once you have confirmed it", **flag)
     each.add_argument("--yes", help="do it without asking", **flag)
@@ -2807,11 +2797,11 @@ def perform(arguments: Sequence[str]) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return COMMANDS[options.command](settings, options)
     except MailroomError as error:
-        lasting = as_lasting(error)
-        again = ". Run it again: it does what is left" if options.begun and not lasting else ""
-        for problem in lasting.problems if lasting else (f"{error}{again}",):
-            print(f"mailroom: {one_line(redact(problem, MAX_SHOWN))}", file=sys.stderr)
-        return 2 if lasting else 1
+        helps = options.begun and not error.is_lasting
+        again = ". Run it again: it does what is left" if helps else ""
+        for problem in error.problems:
+            print(f"mailroom: {one_line(redact(problem + again, MAX_SHOWN))}", file=sys.stderr)
+        return 2 if error.is_lasting else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -169,7 +169,7 @@ def test_the_status_of_a_single_cycle(home: EmbeddedHome) -> None:
             {},
             Fault("Email/query", errors={"Email/query": {"type": "unknownMethod"}}),
             2,
-            "lacks .*Email/query",
+            "Email/query: unknownMethod",
         ),
     ]
     for changes, fault, status, said in cases:

@@ -160,7 +160,7 @@ BAD = [
     ("poll_interval", "0", "seconds"),
     ("poll_interval", "nan", "seconds"),
     ("debounce_seconds", "-1", "0 to 600"),
-    ("log_level", "loud", "one of debug, info"),
+    ("log_level", "loud", "debug, info, warning or error"),
     ("log_format", "xml", "json or text"),
     ("warnings_enabled", "maybe", "true or false"),
     ("health_port", "65536", "a port"),

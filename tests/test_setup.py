@@ -216,7 +216,8 @@ def test_stopped_at_each_write_it_is_finished_by_the_next(home: EmbeddedHome, wh
 
 def test_no_file_is_overwritten(one_home: EmbeddedHome, tmp_path: Path) -> None:
     file = tmp_path / "rules.json"
-    assert run(one_home, *APPLY, *RULES[1:], str(file)).status == 0
+    assert run(one_home, *APPLY).status == 0
+    assert run(one_home, *RULES, str(file)).status == 0
     before = file.read_text()
     ran = run(one_home, *RULES, str(file))
     assert (ran.status, file.read_text()) == (2, before)
