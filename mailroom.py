@@ -212,7 +212,7 @@ FORMAT = Rule("str", re.compile("json|text").fullmatch, "json or text")
 LIST = Rule("json", lambda value: isinstance(value, list) and value, "a JSON list of categories")
 KIND = Rule("str", lambda value: value in ("company", "person"), "company or person")
 CATEGORY_KEYS = {"name": NAME, "label": NAME, "contact_group": NAME, "destination_mailbox": NAME}
-CATEGORY_KEYS |= {"parent": TEXT, "contact_type": KIND, "add_to_inbox": FLAG}
+CATEGORY_KEYS |= {"parent": TEXT, "contact_type": KIND, "add_to_inbox": FLAG, "mark_read": FLAG}
 UNKNOWN_KEY = Rule("", lambda _: False, f"one of the keys {', '.join(CATEGORY_KEYS)}")
 
 
@@ -228,6 +228,7 @@ class Category:
     parent: str = ""
     contact_type: str = "company"
     add_to_inbox: bool = False
+    mark_read: bool = False
 
     @property
     def undoes(self) -> bool:
@@ -332,6 +333,7 @@ class MailroomSettings:
         self.label_undo: str = read("label_undo", "@ToScreener", NAME)
         self.warnings_enabled: bool = read("warnings_enabled", True, FLAG)
         self.provenance_group: str = read("provenance_group", "Mailroom", NAME)
+        self.screen_inbox: bool = read("screen_inbox", False, FLAG)
         entries = read("triage_categories", DEFAULT_CATEGORIES, LIST)
         self.triage_categories, wrong = parse_categories(entries)
         self.health_host: str = read("health_host", "127.0.0.1", TEXT)
@@ -546,7 +548,8 @@ class Email:
 
     def patched(self, patch: Patch) -> "Email":
         """Return the message as it is once the patch is applied."""
-        boxes = dict.fromkeys(self.mailboxes, True) | {path[11:]: patch[path] for path in patch}
+        changed = {path[11:]: patch[path] for path in patch if path.startswith("mailboxIds/")}
+        boxes = dict.fromkeys(self.mailboxes, True) | changed
         return replace(self, mailboxes=frozenset(box for box in boxes if boxes[box]))
 
     def patch(self, add: Iterable[str], remove: Iterable[str]) -> Patch:
@@ -725,8 +728,7 @@ class Account:
             if labels and not email.mailboxes & self.outgoing:
                 asked[email.sender] |= labels
         wrong = {who: f"several labels for {who}" for who in asked if len(asked[who]) > 1}
-        mine = (who for who in asked if {who, f"*@{who.rpartition('@')[2]}"} & own)
-        wrong |= dict.fromkeys(mine, IS_THE_USER)
+        wrong |= {who: IS_THE_USER for who in asked if is_own(who, own)}
         wrong |= {who: "it has no sender" for who in asked if not who}
         return {who: self.labels[min(asked[who])] for who in asked if who not in wrong}, wrong
 
@@ -742,6 +744,16 @@ class Account:
         found.sort(key=lambda card: (not card.keys & grouped, card.created or "~", card.uid))
         return next(iter(found), None)
 
+    def known_as(self, address: str, cards: Iterable[Card]) -> list[Category]:
+        """Return the categories in whose groups the contacts with this address are; a parent's is
+        left to its child."""
+        contacts = [card for card in cards if address in card.emails and not card.is_group]
+        keys = {key for card in contacts for key in card.keys}
+        groups = {card.group_name for card in cards if card.members_among(keys)}
+        held = [each for each in self.categories if each.contact_group in groups]
+        above = {parent.name for each in held for parent in ancestors(each, self.categories)}
+        return [each for each in held if each.name not in above]
+
     def deletions(self, contacts: Iterable[Card], cards: Iterable[Card]) -> CardChanges:
         """Return the changes that delete untouched contacts that are in no group of the user's."""
         groups = [card for card in cards if card.is_group]
@@ -749,6 +761,11 @@ class Account:
         used = {key for group in foreign for key in group.members.values()}
         made = [card for card in contacts if card.is_untouched and card.is_ours]
         return {c.ref: CardChange(c, deletes=True) for c in made if c.keys.isdisjoint(used)}
+
+
+def is_own(address: str, own: Set[str]) -> bool:
+    """Return whether an address is among some, of which `*@domain` is all of a domain."""
+    return not own.isdisjoint({address, f"*@{address.rpartition('@')[2]}"})
 
 
 def needs_of(settings: MailroomSettings) -> list[Need]:
@@ -778,17 +795,25 @@ def own_uid(what: str, cards: Iterable[Card] = ()) -> str:
 class SenderPlan:
     """All that a cycle does for one sender. `emails`: the messages that were found; `contact`: the
     one there is; `joins`, `leaves`: the changes of cards before and after; `warning`: why tapped
-    messages get the warning label; `error`: why nothing is done, under the error label."""
+    messages get the warning label; `error`: why nothing is done, under the error label. Without a
+    tap (`is_tapped`) the messages have just arrived, and are filed with what is known already."""
 
     sender: str
     category: Category
     account: Account
     emails: Sequence[Email]
+    is_tapped: bool = True
     contact: Card | None = None
     joins: CardChanges = field(default_factory=dict)
     leaves: CardChanges = field(default_factory=dict)
     warning: str = ""
     error: str = ""
+
+    @property
+    def how(self) -> str:
+        """Why messages are filed, for the log and the metrics."""
+        by_rule = "screened" if self.category.undoes else "known_sender"
+        return "tap" if self.is_tapped else by_rule
 
     @property
     def label(self) -> str:
@@ -812,17 +837,20 @@ class SenderPlan:
     def refile(self, email: Email) -> Patch:
         """Return the patch that files a message. One that is neither labelled nor in a managed
         mailbox (in Trash, Junk or a folder of the user's, say) stays where it is."""
-        account, is_tapped = self.account, self.label in email.mailboxes
-        if not (is_tapped or email.mailboxes & account.managed):
+        account, has_label = self.account, self.label in email.mailboxes
+        if self.is_tapped and not (has_label or email.mailboxes & account.managed):
             return {}
+        stays = self.is_tapped or self.category.add_to_inbox
+        gone = set() if stays else {account.inbox}
         if self.category.undoes:
-            return account.undo_patch(email, [account.warning])
+            return account.undo_patch(email, {account.warning} | gone)
         add = self.destinations
         if self.category.add_to_inbox and account.screener in email.mailboxes:
             add.add(account.inbox)
-        if is_tapped and self.warning:
+        if has_label and self.warning:
             add.add(account.warning)
-        return email.patch(add, account.managed - add)
+        patch = email.patch(add, (account.managed | gone) - add)
+        return patch | {"keywords/$seen": True} if patch and self.category.mark_read else patch
 
     def finish(self, email: Email) -> Patch:
         """Return the patch that takes off a filed message the label that is carried out, and no
@@ -1041,15 +1069,17 @@ class HTTPClient:
         """Return a whole reply. Raises as `open` does."""
         if time.monotonic() - self._used > MAX_REST_SECONDS:
             self._session.close()  # It opens anew by itself.
-        late = ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
+        content, late = bytearray(), ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
         with gevent.Timeout(MAX_REPLY_SECONDS, late):
             response = self.open(method, url, READ_TIMEOUT, accept, headers=headers, data=body)
             with response, unbroken(response.url):
-                content = response.raw.read(self._most + 1, decode_content=True)
-        if len(content) > self._most:
-            raise ServerError(f"{url} sent more than {self._most:,} bytes", answered=True)
+                for chunk in response.raw.stream(decode_content=True):
+                    content += chunk
+                    if len(content) > self._most:
+                        much = f"{url} sent more than {self._most:,} bytes"
+                        raise ServerError(much, answered=True)
         self._used = time.monotonic()
-        return Reply(response.status_code, response.headers, content, response.url)
+        return Reply(response.status_code, response.headers, bytes(content), response.url)
 
     def _refusal(self, response: requests.Response) -> MailroomError:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
@@ -1353,6 +1383,10 @@ class ContactStore(Protocol):
     def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
         """Return the cards, given the answers; there may be more than was asked for."""
 
+    def has_changed(self, answers: Sequence[JSON]) -> bool:
+        """Return whether anyone else has changed cards since they were read, as far as the answers
+        of the JMAP server tell."""
+
     def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
         """Carry out the changes; {key: why it was refused}. Nothing is done to a card that is not
         as it was read. Who could not be made joins no group. Raises ServerError."""
@@ -1393,6 +1427,9 @@ class JMAPContacts:
     def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
         self._state = str(answers[0].get("state"))
         return list({card.ref: card for cards in found for card in cards}.values())
+
+    def has_changed(self, answers: Sequence[JSON]) -> bool:
+        return self._state != str(answers[0].get("state"))
 
     def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
         # New contacts come first, so that no group has a member that nobody is.
@@ -1726,6 +1763,9 @@ class CardDAVContacts:
                 self._refresh(book, "")  # A 403 may say that the token is too old (RFC 6578).
         return [entry.card for entry in self._entries.values()]
 
+    def has_changed(self, answers: Sequence[JSON]) -> bool:
+        return False
+
     def _refresh(self, book: str, token: str | None) -> None:
         """Bring the mirror up to date, by what has changed since the token (RFC 6578 section 3.2),
         or else by a list of everything. The token is kept only once the cards have been read."""
@@ -2029,7 +2069,9 @@ AUTHENTICATION = "header:Authentication-Results:asText:all"
 EMAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt", AUTHENTICATION)
 SENDERS_AT_ONCE = 50
 EMAILS_AT_ONCE = 5000
-NEWEST_IN_SCREENER = 100
+# Of the Screener, and of what has arrived in the Inbox.
+NEWEST = 100
+MAX_SEEN = 1000
 # Cyrus leaves messages out of a larger filter, without an error; senders times mailboxes count.
 MAX_FILTER_TERMS = 250
 # So often it is looked for messages that came while others were filed.
@@ -2039,7 +2081,7 @@ CYCLE_DEADLINE = 300.0
 # both find others' messages too. At last all that is there is listed.
 Condition = Callable[[str], JSON] | None
 CONDITIONS: tuple[Condition, ...] = (lambda a: {"from": a}, lambda a: {"header": ["From", a]}, None)
-Plans = list[SenderPlan]
+Attempt = Callable[[Collection[str]], Reasons]
 
 
 def parse_email(raw: JSON, senders: Collection[str] = ()) -> Email | None:
@@ -2070,7 +2112,7 @@ def searches(account: Account, places: Mapping[str, Collection[str]], by: Condit
     """Return the queries for messages, given {sender: ids of mailboxes}: for the newest of the
     Screener, which may not be in the index yet, and for all that a condition finds; without one all
     that lies there is listed."""
-    newest = emails_where(in_any([account.screener]), NEWEST_IN_SCREENER, places)
+    newest = emails_where(in_any([account.screener]), NEWEST, places)
     queries, senders = [newest], defaultdict[frozenset[str], list[str]](list)
     for sender in sorted(places):
         senders[frozenset(places[sender])].append(sender)
@@ -2113,13 +2155,16 @@ class Triage:
     _account: Account = field(init=False)
     _own: set[str] = field(default_factory=set)
     _lacking: str = ""
+    _start: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+    # {(message, whether in the Screener): whether it is never looked at there again}
+    _seen: dict[tuple[str, bool], bool] = field(default_factory=dict)
     # {sender: why its messages are under the error label}
     _errors: Reasons = field(default_factory=dict)
 
     def run(self) -> Reasons:
         """Run one cycle; {sender: why it failed}. Raises MailroomError if it cannot be finished."""
         half_time = time.monotonic() + CYCLE_DEADLINE / 2
-        emails = self._read()
+        emails, arrived = self._read()
         self._own |= {each.sender for each in emails if each.mailboxes & self._account.outgoing}
         wanted, self._errors = self._account.resolve_labels(emails, self._own)
         failed, is_late = Reasons(), False
@@ -2128,12 +2173,12 @@ class Triage:
         for batch in batched(senders, SENDERS_AT_ONCE):
             if is_late := time.monotonic() > half_time:
                 break
-            failed |= self._triage({sender: wanted[sender] for sender in batch}, emails)
+            failed |= self._isolated(partial(self._triage, wanted, emails), batch)
         going = wanted.keys() - self._errors.keys()
         self._mark(emails, going)
         is_cut = is_late or len(emails) >= EMAILS_AT_ONCE
         self.has_more = is_cut and bool(going - failed.keys()) and not self.say
-        return failed
+        return failed | self._look_at([each for each in arrived if each.sender not in wanted])
 
     def _connect(self) -> None:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
@@ -2151,15 +2196,26 @@ class Triage:
             LOG.warning(f"the account has {there}")
         self._lacking, self._account = lacking, account
 
-    def _read(self) -> list[Email]:
-        """Return the messages under a triage label or the error label. The mailboxes come along,
-        and when the labels turn out to be others than before the messages are read again."""
+    def _read(self) -> tuple[list[Email], list[Email]]:
+        """Return the messages under a triage label or the error label, and those without one that
+        have arrived. The mailboxes come along, and when the labels turn out to be others than
+        before the messages are read again."""
         if self.client.stale:
             self._connect()
+        lacking = self._lacking
         while True:
             account = self._account
-            labelled = emails_where(in_any(account.queue), EMAILS_AT_ONCE)
-            _, [mailboxes, emails] = self.client.fetch([MAILBOXES, labelled])
+            queries = [MAILBOXES, emails_where(in_any(account.queue), EMAILS_AT_ONCE)]
+            queries.append(emails_where(in_any([account.screener]), NEWEST))
+            if self.settings.screen_inbox:
+                recent = {
+                    "inMailbox": account.inbox,
+                    "after": self._start,
+                    "notKeyword": "$flagged",
+                }
+                queries.append(emails_where(recent, NEWEST))
+            calls, _ = self.contacts.questions(())
+            answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
             boxes = parse_mailboxes(mailboxes)
             self._take(Account(self.settings, boxes, account.groups.values()))
             if self._account.queue == account.queue:
@@ -2167,60 +2223,113 @@ class Triage:
         totals = {each.id: each.total for each in self._account.mailboxes}
         self.samples["screener_messages"] = totals.get(account.screener, 0)
         self.samples["error_messages"] = totals.get(account.error, 0)
-        return emails
+        if lacking != self._lacking or self.contacts.has_changed(answers):
+            self._seen = {key: True for key, is_final in self._seen.items() if is_final}
+        arrived = [email for part in found for email in part]
+        return emails, [each for each in arrived if not each.mailboxes & account.marks]
 
-    def _triage(self, wanted: Wanted, queue_: list[Email], is_last_try: bool = False) -> Reasons:
-        """Triage some senders; {sender: why it failed}. When that fails and the server is well, it
-        is done again one sender at a time, so that the one at fault holds up no one else. Raises
-        the error of a server that is in trouble or wants to be left alone."""
+    def _isolated(
+        self, attempt: Attempt, senders: Collection[str], is_last_try: bool = False
+    ) -> Reasons:
+        """Do something for some senders; {sender: why it failed}. When that fails and the server is
+        well, it is done again one sender at a time, so that the one at fault holds up no one else.
+        Raises the error of a server that is in trouble or wants to be left alone."""
         try:
-            plans, cards, condition = self._look_up(wanted, queue_)
-            return self._carry_out(plans, cards, condition)
+            return attempt(senders)
         except ServerError as error:
             if error.retry_after:
                 raise
             if is_last_try:
-                return dict.fromkeys(wanted, str(error))
+                return dict.fromkeys(senders, str(error))
             if not error.answered:
                 self._connect()  # It raises when it is the server that is at fault.
         failed = Reasons()
-        for sender, category in wanted.items():
-            failed |= self._triage({sender: category}, queue_, is_last_try=True)
+        for sender in senders:
+            failed |= self._isolated(attempt, [sender], is_last_try=True)
         return failed
 
-    def _look_up(self, wanted: Wanted, queue_: list[Email]) -> tuple[Plans, list[Card], Condition]:
-        """Return plans to be completed, the cards for them, and the condition that finds the
-        senders' messages. A search is trusted when it finds the labelled messages that are known;
-        if not, the next one is tried, and at last the mailboxes are listed."""
+    def _ask(
+        self, senders: Collection[str], looks: Sequence[Query]
+    ) -> tuple[list[Card], list[list[Email]]]:
+        """Return the groups and the contacts of senders, and the messages that the looks find."""
+        calls, questions = self.contacts.questions(senders)
+        answers, found = self.client.fetch([*questions, *looks], calls)
+        cards = self.contacts.cards(answers, found[: len(questions)])
+        self._take(Account(self.settings, self._account.mailboxes, cards))
+        return cards, found[len(questions) :]
+
+    def _triage(self, wanted: Wanted, queue_: list[Email], senders: Collection[str]) -> Reasons:
+        """Triage some senders; {sender: why it failed}. A search is trusted when it finds the
+        labelled messages that are known; if not, the next one is tried, and at last the mailboxes
+        are listed."""
         account = self._account
         boxes = account.managed | account.labels.keys() | account.outgoing
-        emails = {email.id: email for email in queue_ if email.sender in wanted}
+        emails = {email.id: email for email in queue_ if email.sender in senders}
         tapped = {id_ for id_ in emails if emails[id_].mailboxes & account.labels.keys()}
-        calls, questions = self.contacts.questions(wanted)
         for condition in CONDITIONS:
-            looks = searches(account, dict.fromkeys(wanted, boxes), condition)
+            looks = searches(account, dict.fromkeys(senders, boxes), condition)
             try:
-                answers, found = self.client.fetch([*questions, *looks], calls)
+                cards, [newest, *hits] = self._ask(senders, looks)
             except MethodError as error:
                 if condition and error.method.startswith("Email/") and not error.retry_after:
                     continue  # The server cannot search like that.
                 raise
-            newest, *hits = found[len(questions) :]
             missed = tapped - {email.id for part in hits for email in part}
             if not missed:
                 break
         # Where all that is there was seen, a label that was not found has come off.
         emails = {id_: emails[id_] for id_ in emails if condition or id_ not in missed}
         emails |= {email.id: email for part in (newest, *hits) for email in part}
-        cards = self.contacts.cards(answers, found[: len(questions)])
-        self._take(Account(self.settings, account.mailboxes, cards))
         plans = []
-        for sender, category in wanted.items():
+        for sender in senders:
             own = [email for email in emails.values() if email.sender == sender]
-            plans.append(SenderPlan(sender, category, self._account, own))
-        return [plan for plan in plans if plan.tapped], cards, condition
+            plans.append(SenderPlan(sender, wanted[sender], self._account, own))
+        return self._carry_out([plan for plan in plans if plan.tapped], cards, condition)
 
-    def _carry_out(self, plans: Plans, cards: list[Card], condition: Condition) -> Reasons:
+    def _look_at(self, arrived: Sequence[Email]) -> Reasons:
+        """Look at the senders of messages that have arrived; {sender: why it failed}. Each message
+        is looked at once; one that waits in the Screener again when the contacts have changed."""
+        screener, inbox = self._account.screener, self._account.inbox
+        left = {}
+        for email in arrived:
+            key = email.id, screener in email.mailboxes
+            if (key[1] or email.mailboxes == {inbox}) and not self._seen.get(key):
+                left[key] = email
+        fresh = {left[key].sender for key in left.keys() - self._seen.keys()}
+        fresh = {who for who in fresh if who and not is_own(who, self._own)}
+        attempt = partial(self._file_arrived, list(left.values()))
+        failed = self._isolated(attempt, sorted(fresh)) if fresh else Reasons()
+        looked = {key for key in left if left[key].sender in fresh - failed.keys()}
+        self._remember({key: not key[1] for key in looked - self._seen.keys()})
+        return failed
+
+    def _remember(self, seen: Mapping[tuple[str, bool], bool]) -> None:
+        """Keep in mind what has been seen where, and of what was seen before only so much."""
+        self._seen |= seen
+        for key in list(self._seen)[:-MAX_SEEN]:
+            del self._seen[key]
+
+    def _file_arrived(self, arrived: Sequence[Email], senders: Collection[str]) -> Reasons:
+        """File what has arrived from senders in a category's group, and put what strangers sent to
+        the Inbox into the Screener; {sender: why it failed}."""
+        cards, _ = self._ask(senders, [])
+        plans = []
+        for sender in senders:
+            emails = [email for email in arrived if email.sender == sender]
+            known = self._account.known_as(sender, cards)
+            if not any(sender in card.emails for card in cards):
+                known = [self.settings.undo]
+                emails = [each for each in emails if self._account.inbox in each.mailboxes]
+            if len(known) > 1:
+                names = ", ".join(each.name for each in known)
+                LOG.info("left alone: in several groups", extra=fields(sender=sender, groups=names))
+            elif known and emails:
+                plans.append(SenderPlan(sender, known[0], self._account, emails, is_tapped=False))
+        return self._carry_out(plans, cards, None)
+
+    def _carry_out(
+        self, plans: list[SenderPlan], cards: list[Card], condition: Condition
+    ) -> Reasons:
         """Complete the plans and carry them out, step by step; {sender: why it failed}. A sender
         for whom a step fails is left out of the next ones. Stopping anywhere leaves a sender in too
         many groups, never in none (unless triage is undone), and the label on."""
@@ -2247,16 +2356,22 @@ class Triage:
                     failed[plan.sender] = f"contact card {key}: {refused[key]}"
             going = [plan for plan in going if plan.sender not in failed]
         wrong, filed = self._file(going, condition)
-        for plan in (plan for plan in going if plan.sender not in wrong):
-            done = "undone" if plan.category.undoes else "triaged"
-            self.samples.update({f"senders_{done}_total": 1})
-            level = logging.WARNING if plan.warning else logging.INFO
-            event = "triage undone" if plan.category.undoes else "sender triaged"
-            LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
-        self.samples["messages_filed_total"] += filed.total()
+        arrived = Counter[str]()
+        for plan in going:
+            self.samples[FILED.format(plan.how)] += filed[plan.sender]
+            if not plan.is_tapped:
+                arrived[plan.how] += filed[plan.sender]
+            elif plan.sender not in wrong:
+                done = "undone" if plan.category.undoes else "triaged"
+                self.samples[f"senders_{done}_total"] += 1
+                level = logging.WARNING if plan.warning else logging.INFO
+                event = "triage undone" if plan.category.undoes else "sender triaged"
+                LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
+        if arrived:
+            LOG.info("new messages filed", extra=fields(**arrived))
         return failed | wrong
 
-    def _file(self, plans: Plans, condition: Condition) -> tuple[Reasons, Counter[str]]:
+    def _file(self, plans: list[SenderPlan], condition: Condition) -> tuple[Reasons, Counter[str]]:
         """File the messages of senders as their plans have it, and when nothing is left to file
         take the labels off. Each request that writes looks for further messages: for what came
         meanwhile, and for what an incomplete search had left out. Returns {sender: why it failed}
@@ -2272,9 +2387,13 @@ class Triage:
                 patches = {email.id: going[email.sender].finish(email) for email in left}
             if not any(patches.values()):
                 return failed, filed
-            places = {sender: plan.misplaced for sender, plan in going.items()}
-            looks = searches(self._account, places, condition)
+            places = {who: plan.misplaced for who, plan in going.items() if plan.is_tapped}
+            looks = searches(self._account, places, condition) if places else []
             refused, found = set_emails(self.client, patches, looks)
+            moved = [id_ for id_ in patches if patches[id_] and id_ not in refused]
+            is_home = {id_: not going[emails[id_].sender].category.undoes for id_ in moved}
+            both = ((id_, place) for id_ in moved for place in (True, False))
+            self._remember({key: is_home[key[0]] or not key[1] for key in both})
             emails |= {id_: emails[id_].patched(patch) for id_, patch in patches.items()}
             emails |= {email.id: email for email in found}
             failed |= {emails[id_].sender: f"message {id_}: {why}" for id_, why in refused.items()}
@@ -2306,6 +2425,7 @@ class Triage:
 
 HEALTH_CLIENTS = 20  # served at a time
 CYCLES = 'cycles_total{{trigger="{}",result="{}"}}'
+FILED = 'messages_filed_total{{by="{}"}}'
 TRIGGERS = ("startup", "push", "scheduled", "fallback")
 RESULTS = ("success", "sender_failures", "failure")
 METRICS = {
@@ -2315,7 +2435,7 @@ METRICS = {
     "error_messages": "Messages under the error label.",
     "eventsource_connected": "Whether the event stream is connected.",
     "last_success_timestamp_seconds": "When the last cycle succeeded, in Unix time; 0 before.",
-    "messages_filed_total": "Messages that were filed.",
+    "messages_filed_total": "Messages that were filed, by a tap or by themselves.",
     "screener_messages": "Messages in the Screener.",
     "sender_failures_total": "Senders that could not be triaged, counted in each cycle.",
     "senders_triaged_total": "Senders that were triaged.",
@@ -2333,7 +2453,8 @@ class Health:
         self.last_error, self.last_trigger = "", ""
         # All that can come is there from the start.
         cycles = [CYCLES.format(trigger, result) for trigger in TRIGGERS for result in RESULTS]
-        self.samples: Counter[str] = Counter(dict.fromkeys(cycles, 0))
+        filed = map(FILED.format, ("tap", "known_sender", "screened"))
+        self.samples: Counter[str] = Counter(dict.fromkeys([*cycles, *filed], 0))
         self.samples[f'build_info{{version="{VERSION}"}}'] = 1
         self._settings, self._started = settings, time.monotonic()
 
@@ -2478,7 +2599,7 @@ class Service:
             self._is_ready.set()
         except MailroomError as error:
             if error.is_lasting and not self._is_ready.is_set():
-                raise
+                raise ConfigurationError(*error.problems) from None
             self._client.stale = True  # Nothing of the account is taken for granted.
             health.is_refused |= isinstance(error, CredentialsError)
             failures, pause = {"": str(error)}, error.retry_after
@@ -2586,14 +2707,14 @@ def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list
     `paths`: {mailbox's name: its path}."""
     categories, now = settings.triage_categories, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     # As in Fastmail's export. The rules that follow one apply too.
-    off = ("markRead", "markFlagged", "showNotification", "discard", "markSpam", "stop")
+    off = ("markFlagged", "showNotification", "discard", "markSpam", "stop")
     none = ("conditions", "redirectTo", "snoozeUntil", "previousFileInName")
     same: JSON = dict.fromkeys(off, False) | dict.fromkeys(none)
     same |= {"combinator": "all", "created": now, "updated": now}
 
-    def rule(name: str, search: str, box: str | None, skip: bool) -> JSON:
+    def rule(name: str, search: str, box: str | None, skip: bool, read: bool = False) -> JSON:
         does = {"search": search, "fileIn": box and paths.get(box, box), "skipInbox": skip}
-        return {"name": f"Mailroom: {name}", **does, **same}
+        return {"name": f"Mailroom: {name}", **does, "markRead": read, **same}
 
     def fromin(group: str) -> str:
         return f"fromin:{json.dumps(group, ensure_ascii=False)}"
@@ -2605,7 +2726,8 @@ def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list
     rules = []
     for each in categories:
         group, stay = each.contact_group, staying[each.contact_group]
-        rules.append(rule(group, fromin(group), each.destination_mailbox, not stay))
+        box = each.destination_mailbox
+        rules.append(rule(group, fromin(group), box, not stay, each.mark_read))
         if stay and group not in stay:
             search = " NOT ".join(map(fromin, [group, *sorted(stay)]))
             rules.append(rule(f"{group}, no Inbox", search, None, True))

@@ -33,6 +33,7 @@ FAR = 600
 BOB, EVE = "bob@shop.example", "eve@other.example"
 TAP_SECONDS = 10.0
 MILLISECONDS = "ms from a tap to filed over push, at most"
+ARRIVAL = "ms from an arrival to filed over push, at most"
 
 
 class Account:
@@ -129,6 +130,23 @@ def test_taps_are_filed_over_push(account: Account) -> None:
             filed = {f"{n} {part}": boxes for part in "abc"} | {f"{n} read": {"Inbox"}}
             assert filed.items() <= account.where().items()
         wait_for(lambda: started.health["last_poll_trigger"] == "push")
+
+
+def test_known_senders_are_filed_over_push_without_a_tap(account: Account) -> None:
+    """And with the screener, what arrives in the Inbox; strangers' go to the Screener."""
+    account.settings["screen_inbox"] = True
+    with running(account):
+        account.deliver(f"Bob <{BOB}>", "tapped")
+        account.file({"tapped": "@ToFeed"})
+        arrivals = [(BOB, "known", "Screener", "Feed"), (BOB, "at once", "INBOX", "Feed")]
+        arrivals += [(EVE, "screened", "INBOX", "Screener")]
+        for sender, subject, mailbox, there in arrivals:
+            account.deliver(f"Somebody <{sender}>", subject, mailbox=mailbox)
+            begun = time.monotonic()
+            wait_for(lambda: account.where()[subject] == {there}, account.where)  # noqa: B023
+            seconds = time.monotonic() - begun
+            assert seconds < TAP_SECONDS
+            COUNTS[ARRIVAL] = max(COUNTS[ARRIVAL], int(seconds * 1000))
 
 
 def test_sixty_senders_tapped_at_once_leave_no_message_behind(account: Account) -> None:

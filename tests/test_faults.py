@@ -35,6 +35,14 @@ def known_contact(world: World) -> None:
     world.tap(f"Bob Smith <{BOB}>", "@ToImbox")
 
 
+def known_senders(world: World) -> None:
+    """Without a tap, and a stranger among them."""
+    world.triaged(BOB, "Billboard", "Paper Trail")
+    world.store.add_group("Friends", [world.store.add("ann@friends.example", "Ann")])
+    for sender in (f"Bob Smith <{BOB}>", f"Eve <{EVE}>", "ann@friends.example"):
+        world.deliver(sender, 3)
+
+
 def nameless_contact_and_a_person(world: World) -> None:
     world.store.add(BOB)
     world.tap(f"Bob Smith <{BOB}>", "@ToPerson")
@@ -118,6 +126,7 @@ SCENARIOS = {
     for scenario in (
         Scenario(new_sender),
         Scenario(known_contact),
+        Scenario(known_senders),
         Scenario(nameless_contact_and_a_person),
         Scenario(other_child_of_one_parent),
         Scenario(change_places),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import gevent
-from jmap_server import CATEGORIES, JSON, JMAPServer, Options, Request
+from jmap_server import CATEGORIES, JSON, Account, JMAPServer, Options, Request
 
 import mailroom
 
@@ -62,6 +62,7 @@ def check_wire(server: JMAPServer, *, takes_back: bool = False) -> None:
         assert not call.get("create")
         for patch in call["update"].values():
             assert patch, "an empty patch"
+            patch.pop("keywords/$seen", None)
             assert all(re.fullmatch(r"mailboxIds/[^/]+", path) for path in patch)
             taken = {path.partition("/")[2] for path, stays in patch.items() if stays is None}
             added = {path.partition("/")[2] for path, stays in patch.items() if stays is True}
@@ -185,13 +186,9 @@ class Scene:
         return [note["note"] for note in self.the_contact(address).get("notes", {}).values()]
 
     def seen(self) -> tuple[dict[str, set[str]], dict[str, JSON]]:
-        """All that there is, to be compared: each message's mailboxes, and the cards by uid. Empty
-        properties are as good as none."""
-        cards = {
-            card["uid"]: {key: value for key, value in card.items() if value and key != "id"}
-            for card in self.account.cards.values()
-        }
-        return {mail: self.account.mailboxes_of(mail) for mail in self.account.mails}, cards
+        """All that there is, to be compared: each message's mailboxes, and the cards."""
+        boxes = {mail: self.account.mailboxes_of(mail) for mail in self.account.mails}
+        return boxes, cards_of(self.account)
 
     def labelled(self) -> set[str]:
         """The mails under any triage label."""
@@ -216,6 +213,14 @@ class Scene:
         assert 1 <= len(methods) <= self.most_idle, methods
         assert not any(name.endswith("/set") for names in methods for name in names)
         assert len(self.server.writes) == writes
+
+
+def cards_of(account: Account) -> dict[str, JSON]:
+    """The cards by uid, to be compared. Empty properties are as good as none."""
+    return {
+        card["uid"]: {key: value for key, value in card.items() if value and key != "id"}
+        for card in account.cards.values()
+    }
 
 
 def check_account(
@@ -358,13 +363,11 @@ def process(
     killed at the end."""
     given = {"jmap_url": server.session_url, "jmap_token": server.options.token, "health_port": 0}
     given |= {"log_level": "debug", "debounce_seconds": 0.05, **environment}
-    variables = {f"MAILROOM_{name.upper()}": str(value) for name, value in given.items()}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
     with output.open("wb") as file:
         started = subprocess.Popen(
             [sys.executable, *(command or [str(PROGRAM)])],
             cwd=PROGRAM.parent,
-            env=kept | variables,
+            env=environment_of(given),
             stdout=file,
             stderr=file,
         )
@@ -413,6 +416,12 @@ class Ran(NamedTuple):
     err: str
 
 
+def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
+    """The environment with these settings and no others."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
+    return kept | variables_of(settings)
+
+
 def variables_of(settings: Mapping[str, object]) -> dict[str, str]:
     """The environment variables that say the settings."""
     texts = {
@@ -424,8 +433,7 @@ def variables_of(settings: Mapping[str, object]) -> dict[str, str]:
 
 def command(*arguments: str, **settings: object) -> Ran:
     """`python mailroom.py ARGUMENTS` in this process, with these settings and no others."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
-    variables = kept | variables_of({"health_port": 0, **settings})
+    variables = environment_of({"health_port": 0, **settings})
     out, err, log = io.StringIO(), io.StringIO(), mailroom.LOG
     before = log.handlers[:], log.propagate, log.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
