@@ -19,17 +19,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from unittest import mock
 
-from bench_tools import (
-    BenchError,
-    Desk,
-    Figure,
-    address_book,
-    deliver,
-    fill_address_book,
-    program,
-    settings_of,
-    table,
-)
+import bench_tools as tools
+from bench_tools import BenchError, Desk, Figure, address_book, deliver, program, settings_of
 from jmap_server import LIMITS, JMAPServer, Options, Request
 
 import mailroom
@@ -41,8 +32,9 @@ LATENCY = 0.05  # seconds a request to the address book
 def jmap_requests(desk: Desk, emails: int) -> Figures:
     """What a cycle asks the mail server, which has the contacts too. `emails`: how many the sender
     has who has many."""
-    one = desk.new_senders(1)
     yield Figure("requests: idle", desk.cycle(), 1)
+    one = desk.new_senders(1)
+    yield Figure("requests: a new message of a stranger", desk.cycle(), 2)
     yield Figure("requests: a tap", desk.tap(one), 5)
     yield Figure("requests: the echo of it", desk.cycle(), 1)
     yield Figure("requests: re-triage", desk.tap(one, "@ToJail"), 6)
@@ -62,16 +54,11 @@ def carddav_requests(latency: float = LATENCY) -> Figures:
     side."""
     asked, seconds = 0, []
     for at_once in (1, mailroom.WRITES_AT_ONCE):
-        with (
-            mock.patch.object(mailroom, "WRITES_AT_ONCE", at_once),
-            address_book(latency) as (radicale, proxy, mail),
-        ):
+        with mock.patch.object(mailroom, "WRITES_AT_ONCE", at_once), address_book(latency) as homes:
+            radicale, proxy, mail = homes
             desk = Desk(mail, **settings_of(radicale, proxy.origin))
-            senders, before, started = (
-                desk.new_senders(25, 4),
-                len(proxy.requests),
-                time.monotonic(),
-            )
+            senders, before = desk.new_senders(25, 4), len(proxy.requests)
+            started = time.monotonic()
             desk.tap(senders)
             seconds.append(time.monotonic() - started)
             asked = len(proxy.requests) - before
@@ -95,7 +82,7 @@ def idle_memory() -> Figures:
 def mirror_memory(contacts: int, photo: int = 0) -> Figures:
     """The most that it occupies with an address book on Radicale, which sends whole cards."""
     with address_book() as (radicale, proxy, mail):
-        fill_address_book(radicale, contacts, photo)
+        tools.fill_address_book(radicale, contacts, photo)
         with program(mail, **settings_of(radicale, proxy.origin)) as run:
             run.wait_for(lambda: mail.streams)
             run.tap(deliver(mail, "one", 4))
@@ -104,53 +91,43 @@ def mirror_memory(contacts: int, photo: int = 0) -> Figures:
             yield Figure(what, run.memory("VmHWM"), 100, "MB")
 
 
-class Queue:
-    """The messages under a label, as the server sees them go: `left` at each request, and at each
-    that begins a cycle."""
-
-    def __init__(self, server: JMAPServer, label: str) -> None:
-        self.box = server.account.mailboxes[server.account.mailbox_id(label)]
-        self.left: list[int] = []
-        self.left_at_cycles: list[int] = []
-        server.on_request = self._note
-
-    def _note(self, _: int, request: Request) -> None:
-        self.left.append(len(self.box.mails))
-        if request.methods == ["Mailbox/get", "Email/query", "Email/get"]:
-            self.left_at_cycles.append(len(self.box.mails))
-
-    def progress(self) -> Figures:
-        steps = [before - after for before, after in pairwise(self.left_at_cycles) if before]
-        yield Figure("cycles that filed nothing of that", steps.count(0), 0)
-        half = sum(left > self.left[0] / 2 for left in self.left)
-        ratio = (len(self.left) - half) / half
-        yield Figure("requests for the second half of that, to those for the first", ratio, 1.5)
-
-
 def many_labels(emails: int, senders: int) -> Figures:
     """Somebody has selected everything and put a label on it: it goes on and on, and another tap
     does not wait for its end."""
+    left: list[int] = []  # under the label, at each request
+    left_at_cycles: list[int] = []  # at each that begins a cycle
+
+    def note(_: int, request: Request) -> None:
+        left.append(len(box.mails))
+        if {"Mailbox/get", "Email/query"} <= {*request.methods}:
+            left_at_cycles.append(len(box.mails))
+
     with JMAPServer.with_mailroom_account(Options.fastmail(history=1000)) as server:
         order = [f"s{n % senders}" for n in range(emails)]
         random.Random(1).shuffle(order)  # noqa: S311  (no secret)
         for sender in order:
             deliver(server, sender, 1, "@ToFeed")
         gc.freeze()  # or this server takes twice as long, for looking through all of that again
-        queue = Queue(server, "@ToFeed")
+        box = server.account.mailboxes[server.account.mailbox_id("@ToFeed")]
+        server.on_request = note
         with program(server) as run:
-            run.wait_for(lambda: len(queue.box.mails) < 0.9 * emails)
-            other, begun = deliver(server, "other", 1), len(queue.left_at_cycles)
+            run.wait_for(lambda: len(box.mails) < 0.9 * emails)
+            other, begun = deliver(server, "other", 1), len(left_at_cycles)
             server.account.label(*other, "@ToJail")
             run.wait_for(lambda: not server.account.mails_in("@ToJail"))
-            cycles = len(queue.left_at_cycles) - begun
-            run.wait_for(lambda: not queue.box.mails)
+            cycles = len(left_at_cycles) - begun
+            run.wait_for(lambda: not box.mails)
             run.wait_until_quiet()
             what = f"memory: {emails:,} labelled messages of {senders:,} senders"
             yield Figure(what, run.memory("VmHWM"), 128, "MB")
-            yield from queue.progress()
-            failed = run.logged("cycle failed")
-            yield Figure("cycles that failed or met their deadline", failed, 0)
-            yield Figure("cycles begun until another tap meanwhile is done", cycles, 3)
+            failed = len(run.run.logged("^cycle failed$"))
+    steps = [before - after for before, after in pairwise(left_at_cycles) if before]
+    yield Figure("cycles that filed nothing of that", steps.count(0), 0)
+    half = sum(number > left[0] / 2 for number in left)
+    what = "requests for the second half of that, to those for the first"
+    yield Figure(what, (len(left) - half) / half, 1.5)
+    yield Figure("cycles that failed or met their deadline", failed, 0)
+    yield Figure("cycles begun until another tap meanwhile is done", cycles, 3)
 
 
 def measured(quick: bool) -> Figures:
@@ -176,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(table(figures))
+    print(tools.table(figures))
     over = sum(figure.is_over for figure in figures)
     print(f"\n{len(figures)} figures in {time.monotonic() - started:.0f} seconds, {over} over")
     return int(over > 0)

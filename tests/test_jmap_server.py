@@ -26,9 +26,6 @@ class Client:
         self.http.trust_env = False
         self.http.headers["Authorization"] = f"Bearer {server.options.token}"
 
-    def get(self, path: str, **more: Any) -> requests.Response:
-        return self.http.get(self.server.origin + path, timeout=5, **more)
-
     def call(self, method: str, timeout: float = 5, **args: Any) -> JSON:
         """The arguments of the reply, or of its error."""
         calls = [[method, {"accountId": "u1", **args}, "0"]]
@@ -39,26 +36,11 @@ class Client:
     def set(self, kind: str, **args: Any) -> JSON:
         """The SetErrors of a set call, by the ids of the objects."""
         reply = self.call(f"{kind}/set", **args)
-        refused = (reply[f"not{verb}"] or {} for verb in ("Created", "Updated", "Destroyed"))
+        refused = (reply[key] or {} for key in ("notCreated", "notUpdated", "notDestroyed"))
         return dict(itertools.chain.from_iterable(each.items() for each in refused))
 
     def query(self, **where: Any) -> list[str]:
         return list(self.call("Email/query", filter=where)["ids"])
-
-    def events(self, query: str = "") -> Iterator[str]:
-        """A stream event by event, once it is open."""
-        seen = self.server.streams.opened
-        reply = self.get("/jmap/event/" + query, stream=True)
-        self.server.wait_for(lambda: self.server.streams.opened > seen)
-        return self._read(reply)
-
-    @staticmethod
-    def _read(reply: requests.Response) -> Iterator[str]:
-        text = ""
-        with gevent.Timeout(5):
-            while data := reply.raw.read1(65536):
-                *events, text = (text + data.decode()).split("\n\n")
-                yield from events
 
 
 @pytest.fixture
@@ -75,14 +57,12 @@ def mail(client: Client) -> str:
 
 def test_a_search_finds_what_matches_or_fails_as_told(client: Client, mail: str) -> None:
     eve = client.account.deliver('"bob@shop.example" <eve@evil.example>')
-    for where in ({"from": "BOB shop"}, {"header": ["From", "bob"]}):
-        assert client.query(**where) == [mail, eve]
-    bob = {"from": "bob"}
+    bob = {"from": "BOB shop"}
+    assert client.query(**bob) == client.query(header=["From", "bob"]) == [mail, eve]
     client.options.index_until = client.account.modseq
     late = client.account.deliver(BOB)
     assert client.query(**bob) == [mail, eve]
     client.options.index_until = None
-    assert client.query(**bob) == [mail, eve, late]
     client.options.from_search = "empty"
     assert client.query(**bob) == []
     client.options.from_search = "error"
@@ -104,21 +84,14 @@ def test_cyrus_loses_mails(client: Client, mail: str) -> None:
         assert client.query(operator="AND", conditions=both) == found
 
 
-def test_a_mailbox_is_made_once_and_small_limits_are_kept(client: Client) -> None:
+def test_what_is_too_much_or_there_already_is_refused(client: Client) -> None:
     twice = client.set("Mailbox", create={"k": {"name": "Feed"}})
     assert twice == {"k": {"type": "invalidProperties", "properties": ["name"]}}
     client.options.limits |= {"maxObjectsInGet": 3, "maxObjectsInSet": 3}
     assert client.call("Email/get", ids=[*"abcd"])["type"] == "requestTooLarge"
     assert client.call("Email/set", destroy=[*"abcd"])["type"] == "requestTooLarge"
-    client.options.max_query_limit = 2
-    mails = [client.account.deliver(BOB) for _ in range(3)]
-    reply = client.call("Email/query", calculateTotal=True)
-    assert (reply["ids"], reply["limit"], reply["total"]) == (mails[:2], 2, 3)
     client.options.read_only = True
     assert client.call("Email/set")["type"] == "accountReadOnly"
-
-
-# Contacts
 
 
 def test_only_good_cards_are_created_and_only_members_changed(client: Client) -> None:
@@ -126,19 +99,12 @@ def test_only_good_cards_are_created_and_only_members_changed(client: Client) ->
     account.add_contact("a@x.example", uid="taken")
     good: JSON = {"@type": "Card", "version": "1.0"}
     good["addressBookIds"] = {next(iter(account.books)): True}
-    for name, value in (
-        ("version", "4.0"),
-        ("addressBookIds", {"A0": True}),
-        ("id", "x"),
-        ("uid", "taken"),
-        ("kind", "company"),
-        ("name", {"components": [{"kind": "given"}]}),
-        ("emails", {"e1": {}}),
-        ("notes", {"n1": "text"}),
-        ("nose", 1),
-    ):
-        refused = client.set("ContactCard", create={"k": {**good, name: value}})
-        assert refused == {"k": {"type": "invalidProperties", "properties": [name]}}
+    bad: JSON = {"version": "4.0", "kind": "company", "nose": 1, "id": "x", "uid": "taken"}
+    bad |= {"addressBookIds": {"A0": True}, "name": {"components": [{"kind": "given"}]}}
+    bad |= {"emails": {"e1": {}}, "notes": {"n1": "text"}}
+    create = {name: {**good, name: value} for name, value in bad.items()}
+    refused = {name: {"type": "invalidProperties", "properties": [name]} for name in bad}
+    assert client.set("ContactCard", create=create) == refused
     group = account.add_group("Friends", ["u0"])
     for patch, error in (
         ({"members/urn:uuid:1": True, "members/u0": None}, None),
@@ -150,33 +116,29 @@ def test_only_good_cards_are_created_and_only_members_changed(client: Client) ->
         assert refused.get(group, {}).get("type") == error
     assert account.cards[group]["members"] == {"urn:uuid:1": True}
     account.put_in_book(group, account.add_book("Shared", may_write=False))
-    books = {"addressBookIds": account.cards[group]["addressBookIds"]}
-    update, create = {group: {"members/u1": True}}, {"k": {**good, **books}}
-    refused = client.set("ContactCard", update=update, create=create, destroy=[group])
+    good["addressBookIds"] = account.cards[group]["addressBookIds"]
+    update = {group: {"members/u1": True}}
+    refused = client.set("ContactCard", update=update, create={"k": good}, destroy=[group])
     assert {one["type"] for one in refused.values()} == {"forbidden"}
-
-
-# Event streams
 
 
 @pytest.mark.parametrize(
     ("options", "start"),
     [
-        (Options.fastmail(stream_life=0.05), 'event: state\ndata: {"type": "connect"'),
-        (Options.cyrus(stream_life=0.05), 'event: state\ndata: {"@type": "StateChange"'),
-        (Options.stalwart(ping_pace=0.01), 'event: ping\ndata: {"interval": 30000}'),
+        (Options.fastmail(stream_life=0.05), 'data: {"type": "connect"'),
+        (Options.cyrus(stream_life=0.05), 'data: {"@type": "StateChange"'),
+        (Options.stalwart(ping_pace=0.01), 'data: {"interval": 30000}'),
     ],
 )
 def test_servers_have_their_own_streams(options: Options, start: str) -> None:
-    with JMAPServer(options) as server:
-        events = Client(server).events("?types=*&closeafter=no&ping=30")
+    with JMAPServer(options) as server, gevent.Timeout(5):
+        url = f"{server.origin}/jmap/event/?types=*&ping=30"
+        reply = Client(server).http.get(url, stream=True)
+        server.wait_for(lambda: server.streams)
         server.account.add_contact("a@x.example")
-        assert any(start in event for event in itertools.islice(events, 2))
-        if (options.stream_life or 1) < 1:
-            assert len(list(events)) <= 1
-
-
-# Misbehaviour
+        lines = reply.iter_lines(chunk_size=1, decode_unicode=True)
+        assert any(line.startswith(start) for line in lines)
+        assert not options.stream_life or sum(line == "event: state" for line in lines) <= 1
 
 
 @pytest.mark.parametrize(
@@ -215,6 +177,6 @@ def test_one_object_may_be_refused_and_others_may_come_between(client: Client, m
     assert [write.args["update"] for write in client.server.writes] == [update]
     assert client.account.mailboxes_of(mail) == {"Screener", "Feed"}
     with pytest.raises(requests.ConnectionError):
-        Client(client.server).get("/jmap/session")
+        Client(client.server).call("Email/get")
     client.server.resume()
-    assert client.get("/jmap/session").status_code == 200
+    assert client.call("Email/get")["list"]

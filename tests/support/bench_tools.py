@@ -42,19 +42,15 @@ class Figure(NamedTuple):
         return self.value > self.limit
 
     @property
-    def row(self) -> tuple[str, str, str, str]:
+    def row(self) -> list[str]:
         numbers = (f"{n:,.2f}".removesuffix(".00") for n in (self.value, self.limit))
-        measured, most = (f"{number} {self.unit}".strip() for number in numbers)
-        return self.what, measured, most, "OVER" if self.is_over else ""
+        return [self.what, *(f"{n} {self.unit}" for n in numbers), "OVER" if self.is_over else ""]
 
 
 def table(figures: Iterable[Figure]) -> str:
     """The figures as a table in Markdown."""
-    rows = [("", "measured", "at most", ""), *(figure.row for figure in figures)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    rows = [["", "measured", "at most", ""], ["---"] * 4, *(figure.row for figure in figures)]
+    return "\n".join("| {:84} | {:9} | {:9} | {:4} |".format(*row) for row in rows)
 
 
 # In this process
@@ -105,16 +101,13 @@ class Program:
     """`python mailroom.py` beside a server."""
 
     def __init__(self, server: JMAPServer, run: processes.Program) -> None:
-        self.server, self._run = server, run
+        self.server, self.run = server, run
 
     def memory(self, name: str) -> float:
         """MB: `VmRSS` is what it occupies, `VmHWM` the most that it ever did."""
-        status = Path(f"/proc/{self._run.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.run.process.pid}/status").read_text()
         lines = dict(line.split(":", 1) for line in status.splitlines())
         return int(lines[name].split()[0]) / 1024
-
-    def logged(self, event: str) -> int:
-        return len(self._run.logged(f"^{event}$"))
 
     def tap(self, tapped: Sequence[str], label: str = "@ToFeed") -> None:
         """Put the label on messages as a phone would, and wait until it is off and all is quiet."""
@@ -126,8 +119,8 @@ class Program:
     def wait_for(self, condition: Any) -> None:
         with gevent.Timeout(PATIENCE, BenchError(f"not done after {PATIENCE:.0f} seconds")):
             while not condition():
-                if self._run.process.poll() is not None:
-                    raise BenchError(f"it has ended: {self._run.output.read_text()[-2000:]}")
+                if self.run.process.poll() is not None:
+                    raise BenchError(f"it has ended: {self.run.output.read_text()[-2000:]}")
                 gevent.sleep(0.02)
 
     def wait_until_quiet(self, seconds: float = 1) -> None:
@@ -151,17 +144,14 @@ def program(server: JMAPServer, **settings: object) -> Iterator[Program]:
 # Contacts on a real Radicale
 
 
-def quick_radicale() -> RadicaleServer:
-    """Radicale that does not wait for the disk, which takes minutes for thousands of cards."""
-    config = radicale_server.CONFIG.replace("[storage]", "[storage]\n_filesystem_fsync = False")
-    with mock.patch.object(radicale_server, "CONFIG", config):
-        return RadicaleServer()
-
-
 @contextmanager
 def address_book(latency: float = 0) -> Iterator[tuple[RadicaleServer, JMAPServer, JMAPServer]]:
     """(Radicale with the groups, a proxy before it that takes its time, a mail server)."""
-    with quick_radicale() as radicale, FaultProxy(radicale.port) as proxy:
+    # It is not to wait for the disk, which takes minutes for thousands of cards.
+    config = radicale_server.CONFIG.replace("[storage]", "[storage]\n_filesystem_fsync = False")
+    with mock.patch.object(radicale_server, "CONFIG", config):
+        server = RadicaleServer()
+    with server as radicale, FaultProxy(radicale.port) as proxy:
         proxy.options.latency = latency
         book = radicale_book(radicale)
         for group in GROUPS:

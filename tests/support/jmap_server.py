@@ -23,7 +23,6 @@ import http.client
 import itertools
 import json
 import math
-import re
 import socket
 import ssl
 import struct
@@ -32,6 +31,7 @@ import traceback
 import urllib.parse
 import uuid
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -39,8 +39,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
-from email.utils import getaddresses, parsedate_to_datetime
+from email.utils import getaddresses
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
 import gevent
@@ -61,8 +62,8 @@ CONTACTS = "urn:ietf:params:jmap:contacts"
 
 SESSION_PATH, API_PATH, EVENT_PATH = "/jmap/session", "/jmap/api/", "/jmap/event/"
 WELL_KNOWN_PATH, UPLOAD_PATH = "/.well-known/jmap", "/jmap/upload/"
-PATHS = {SESSION_PATH: "session", API_PATH: "api", EVENT_PATH: "stream"}
-PATHS |= {WELL_KNOWN_PATH: "well-known", UPLOAD_PATH: "upload"}
+PATHS = {SESSION_PATH: "session", API_PATH: "api", EVENT_PATH: "stream", UPLOAD_PATH: "upload"}
+PATHS[WELL_KNOWN_PATH] = "well-known"
 LIMITS = {
     "maxSizeUpload": 50_000_000,
     "maxConcurrentUpload": 4,
@@ -73,6 +74,9 @@ LIMITS = {
     "maxObjectsInSet": 4096,
 }
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
+ADDRESS = "alice@home.example"
+UTC_DATE = "%Y-%m-%dT%H:%M:%SZ"
+MAX_MAILBOXES = 20  # that a mail may be in
 FOREVER = 10**9
 BYSTANDER = "urn:uuid:5eb7c4f2-8f2d-4c1e-9d7e-0b6f0a3c1d55"  # who is in a group that is in use
 
@@ -85,8 +89,9 @@ class JMAPError(Exception):
 
     def __init__(self, kind: str, description: str = "", **more: Any) -> None:
         super().__init__(kind, description)
-        described = {"description": description} if description else {}
-        self.body: JSON = {"type": kind, **described, **more}
+        self.body: JSON = {"type": kind, **more}
+        if description:
+            self.body["description"] = description
 
 
 class ProblemError(JMAPError):
@@ -116,7 +121,7 @@ class Options:
     """
 
     token: str = "secret-token"
-    username: str = "alice@home.example"
+    username: str = ADDRESS
     relative_urls: bool = False
     has_mail: bool = True
     has_contacts: bool = True
@@ -126,15 +131,12 @@ class Options:
     limits: dict[str, int] = field(default_factory=dict)  # what differs from LIMITS
     max_query_limit: int | None = None  # a query's limit is lowered to this, and told so
     max_filter_terms: int | None = None  # an Email/query of more finds a third, no error (Cyrus)
-    max_mailboxes_per_email: int = 20
     mailbox_query: Literal["works", "refuse"] = "works"  # "refuse": only by role (Apache James)
     sparse_replies: bool = False  # a query tells no position, and null as the total
     last_mailbox: Literal["refuse", "lose"] = "refuse"  # "lose": told updated, but gone (Cyrus)
     from_search: Literal["index", "empty", "error"] = "index"  # "empty", "error": without an index
-    index_lag: float = 0  # seconds until a text search finds a mail that arrived
     index_until: int | None = None  # mails that arrived after this Account.modseq are not found
     id_is_uid: bool = False  # a contact's id is its uid (Cyrus); set it before the account is made
-    not_finds_nothing: bool = False  # a ContactCard/query with NOT finds nothing (Cyrus)
     groups_in_use: bool = False  # each group has a member; set it before the account is made
     latency: float = 0  # seconds every request spends on the network
     history: int = FOREVER  # how many requests and writes are kept
@@ -147,7 +149,6 @@ class Options:
     stream_life: float | None = None  # the same without such an event (Cyrus: 300)
     event_ids: bool = False
     coalesce: bool = True  # changes in quick succession are one event; else one a changed object
-    push_delay: float = 0
     chunked: bool = True  # else only the end of the connection ends a stream (Cyrus)
     pings: bool = True
     ping_unit: int = 1  # what the announced interval counts: 1000 for milliseconds (Stalwart)
@@ -162,7 +163,7 @@ class Options:
     def cyrus(cls, **changes: Any) -> Options:
         """Cyrus 3.13 without a search index."""
         cyrus = cls(relative_urls=True, id_is_uid=True, from_search="empty", event_ids=True)
-        cyrus.last_mailbox, cyrus.not_finds_nothing, cyrus.max_filter_terms = "lose", True, 300
+        cyrus.last_mailbox, cyrus.max_filter_terms = "lose", 300
         cyrus.push_types = frozenset({"Email", "AddressBook", "ContactCard"})
         cyrus.chunked, cyrus.stream_life = False, 300
         return replace(cyrus, **changes)
@@ -196,16 +197,13 @@ class Fault:
     drop: bool = False  # the connection ends with a reset
     delay: float = 0  # seconds between the work and the reply
     truncate: int | None = None  # the connection ends after so many bytes of the body
+    # Method name or call id to the `error` it gets; the call is not worked.
     errors: dict[str, JSON] = field(default_factory=dict)
-    """Method name or call id to the `error` it gets; the call is not worked."""
+    # Object or creation id, or "*", to the SetError it gets in notUpdated, notCreated ...
     refuse: dict[str, JSON] = field(default_factory=dict)
-    """Object or creation id, or "*", to the SetError it gets in notUpdated, notCreated ..."""
-    before_call: Callable[[str, JSON], object] | None = None
-    """Runs before every method call, with its name and arguments: other users' changes."""
-    after: Callable[[], object] | None = None
-    """Runs after the work and before the reply."""
-    edit: Callable[[Any], Any] | None = None
-    """Gets the JSON of a session or API reply and returns what is sent instead."""
+    before_call: Callable[[str, JSON], object] | None = None  # gets the method and its arguments
+    after: Callable[[], object] | None = None  # runs after the work and before the reply
+    edit: Callable[[Any], Any] | None = None  # makes of the JSON of a reply what is sent instead
     matched: int = field(default=0, init=False)
     fired: int = field(default=0, init=False)
 
@@ -232,7 +230,6 @@ class Mailbox:
     name: str
     parent_id: str | None = None
     role: str | None = None
-    sort_order: int = 0
     is_subscribed: bool = True
     mails: set[str] = field(default_factory=set)
 
@@ -244,23 +241,16 @@ class Mail:
     senders: list[JSON] | None  # as EmailAddress objects
     subject: str
     received_at: str
-    sent_at: str
-    message_id: str
-    thread_id: str
-    references: list[str]  # Message-IDs; the last is the one it answers
-    headers: list[tuple[str, str]]
+    verdicts: list[str]  # the headers Authentication-Results
     modseq: int  # the account's when the mail arrived
     mailboxes: frozenset[str] = frozenset()
     keywords: frozenset[str] = frozenset()
-    arrived: float = field(default_factory=time.monotonic)
 
-
-@dataclass(slots=True)
-class Book:
-    id: str
-    name: str
-    is_default: bool
-    may_write: bool = True
+    @property
+    def author(self) -> tuple[str, str]:
+        """The header From, and what a text search sees of it: names and addresses, decoded."""
+        seen = " ".join(f"{one['name'] or ''} {one['email']}" for one in self.senders or ())
+        return (self.sender or "").lower(), seen.lower()
 
 
 def flags(names: Iterable[str]) -> dict[str, bool]:
@@ -282,22 +272,14 @@ def addresses(header: str | None) -> tuple[tuple[str, str], ...]:
     return tuple((decoded(name), address) for name, address in found if address)
 
 
-def address_objects(header: str | None) -> list[JSON] | None:
-    """A header as EmailAddress objects (RFC 8621 section 4.1.2.3); null without the header."""
-    if header is None:
-        return None
-    return [{"name": name or None, "email": address} for name, address in addresses(header)]
-
-
-def header_text(senders: list[JSON]) -> str:
-    """The header that EmailAddress objects were made of: nothing in it is quoted."""
-    pairs = ((one["name"], one["email"]) for one in senders)
-    return ", ".join(f"{name} <{address}>" if name else address for name, address in pairs)
-
-
-def sender_text(mail: Mail) -> str:
-    """What a text search for the sender sees: names and addresses, decoded."""
-    return " ".join(f"{one['name'] or ''} {one['email']}" for one in mail.senders or ())
+def headers_of(sender: str | list[JSON] | None) -> tuple[str | None, list[JSON] | None]:
+    """A From header, if there is one, raw and as EmailAddress objects (RFC 8621 section 4.1.2.3);
+    in one that is made of such objects nothing is quoted."""
+    if isinstance(sender, list):
+        pairs = ((one["name"], one["email"]) for one in sender)
+        return ", ".join(f"{name} <{mail}>" if name else mail for name, mail in pairs), sender
+    found = [{"name": name or None, "email": mail} for name, mail in addresses(sender)]
+    return sender, None if sender is None else found
 
 
 def card_addresses(card: JSON) -> set[str]:
@@ -310,53 +292,13 @@ def full_name(card: JSON) -> str:
     return str((card.get("name") or {}).get("full"))
 
 
-class TextIndex:
-    """Texts to the ids that have them; a search costs what there are of distinct texts."""
-
-    def __init__(self) -> None:
-        self._ids: dict[str, set[str]] = {}
-
-    def add(self, text: str, object_id: str) -> None:
-        self._ids.setdefault(text.lower(), set()).add(object_id)
-
-    def remove(self, text: str, object_id: str) -> None:
-        ids = self._ids[text.lower()]
-        ids.discard(object_id)
-        if not ids:
-            del self._ids[text.lower()]
-
-    def exact(self, text: str) -> set[str]:
-        return self._ids.get(text.lower(), set())
-
-    def containing(self, *words: str) -> set[str]:
-        first, *others = [word.lower() for word in words] or [""]
-        hits = ((text, ids) for text, ids in self._ids.items() if first in text)
-        return set().union(*(ids for text, ids in hits if all(word in text for word in others)))
-
-
+@dataclass
 class History:
-    """The changes to the objects of one type, newest last, so /changes costs what changed."""
+    """The objects of one type: when each came, which are gone, and when the last change was."""
 
-    def __init__(self) -> None:
-        self.modseq = 0
-        self._log: dict[str, tuple[int, int, bool]] = {}
-
-    def note(self, object_id: str, modseq: int, alive: bool) -> None:
-        created = self._log.pop(object_id, (modseq,))[0]
-        self._log[object_id] = (created, modseq, alive)
-        self.modseq = modseq
-
-    def born(self, object_id: str) -> int:
-        return self._log[object_id][0]
-
-    @property
-    def gone(self) -> set[str]:
-        return {key for key, (_, _, alive) in self._log.items() if not alive}
-
-    def since(self, modseq: int) -> list[tuple[str, int, int, bool]]:
-        """(id, created, changed, alive) of what changed after `modseq`, oldest first."""
-        newest_first = ((key, *entry) for key, entry in reversed(self._log.items()))
-        return list(itertools.takewhile(lambda entry: entry[2] > modseq, newest_first))[::-1]
+    born: dict[str, int] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    modseq: int = 0
 
 
 class Account:
@@ -367,41 +309,34 @@ class Account:
     """
 
     def __init__(self, *, id_is_uid: bool = False) -> None:
-        self.id, self.address = "u1", "alice@home.example"
+        self.id, self.address = "u1", ADDRESS
         self.id_is_uid = id_is_uid
         self.modseq = 0
-        kinds = ("Email", "Mailbox", "ContactCard", "AddressBook", "Identity")
-        self.histories = {name: History() for name in kinds}
+        self.histories: defaultdict[str, History] = defaultdict(History)
         self.mailboxes: dict[str, Mailbox] = {}
         self.mails: dict[str, Mail] = {}
-        self.books: dict[str, Book] = {}
+        self.books: dict[str, JSON] = {}
         self.cards: dict[str, JSON] = {}
-        self.groups: set[str] = set()
-        self.by_uid: dict[str, str] = {}
+        self.identities: dict[str, JSON] = {}  # of the options
         self.blobs: dict[str, bytes] = {}
-        self.by_email, self.by_sender, self.by_raw_sender = TextIndex(), TextIndex(), TextIndex()
-        self.queries: dict[str, list[str]] = {}
-        """Ids of past queries, good until the next change, so that paging does not sort again."""
+        # A search costs what there are of distinct senders.
+        self.by_sender: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         self.listeners: list[Callable[[dict[str, int]], None]] = []
         self._news: dict[str, int] = {}
         self._serial = itertools.count(1)
         self.add_book("Personal")
 
     @classmethod
-    def for_mailroom(
-        cls, categories: Iterable[str] = CATEGORIES, *, id_is_uid: bool = False
-    ) -> Account:
+    def for_mailroom(cls, names: Iterable[str] = CATEGORIES, *, id_is_uid: bool = False) -> Account:
         """Roles, Screener, error and warning labels; label, mailbox and group of each category."""
         account = cls(id_is_uid=id_is_uid)
         for role in ("Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash"):
             account.add_mailbox(role, role=role.lower())
-        for name in ("Screener", "@MailroomError", "@MailroomWarning"):
+        labels = [("@To" + name.replace(" ", ""), name) for name in names]
+        for name in ("Screener", "@MailroomError", "@MailroomWarning", *itertools.chain(*labels)):
             account.add_mailbox(name)
-        for name in categories:
-            account.add_mailbox("@To" + name.replace(" ", ""))
-            account.add_mailbox(name)
+        for name in (*names, "Mailroom"):
             account.add_group(name)
-        account.add_group("Mailroom")
         return account
 
     # Mailboxes
@@ -428,7 +363,7 @@ class Account:
         """The mails that are in no other mailbox go with it."""
         box = self.mailboxes[self.mailbox_id(name)]
         for mail_id in sorted(box.mails):
-            self.file(mail_id, self.mails[mail_id].mailboxes - {box.id})
+            self.unlabel(mail_id, box.id)
         del self.mailboxes[box.id]
         self._publish(("Mailbox", box.id), alive=False)
 
@@ -441,47 +376,25 @@ class Account:
         *,
         subject: str = "Hello",
         received_at: str | None = None,
-        sent_at: str | None = None,
         keywords: Iterable[str] = (),
-        headers: Mapping[str, str | list[str]] | None = None,
-        message_id: str | None = None,
-        in_reply_to: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> str:
-        """A new mail; mails arrive a minute apart by default.
-
-        `sender` is the raw From header, or what a server makes of one: EmailAddress objects. Of
-        other `headers` there may be several of a name. `in_reply_to` is a Message-ID or, for a
-        mail of the same thread, the id of a mail here.
-        """
+        """A new mail; mails arrive a minute apart by default. `sender` is the raw From header, or
+        what a server makes of one: EmailAddress objects."""
         serial = next(self._serial)
         minute = datetime(2025, 1, 1, tzinfo=UTC) + timedelta(minutes=serial)
-        received_at = received_at or minute.strftime("%Y-%m-%dT%H:%M:%SZ")
-        raw = header_text(sender) if isinstance(sender, list) else sender
-        fields = {"From": raw, "Subject": subject, **(headers or {})}
-        answered = self.mails.get(in_reply_to or "")
-        references = [in_reply_to] if in_reply_to else []
-        if answered:
-            references = [*answered.references, answered.message_id]
+        raw, senders = headers_of(sender)
         mail = Mail(
             f"M{serial}",
             sender=raw,
-            senders=sender if isinstance(sender, list) else address_objects(sender),
+            senders=senders,
             subject=subject,
-            received_at=received_at,
-            sent_at=sent_at or received_at,
-            message_id=message_id or f"M{serial}@mail.example",
-            thread_id=answered.thread_id if answered else f"TM{serial}",
-            references=references,
-            headers=[
-                (name, text)
-                for name, texts in fields.items()
-                for text in ([texts] if isinstance(texts, str) else texts or ())
-            ],
+            received_at=received_at or minute.strftime(UTC_DATE),
+            verdicts=[*filter(None, [(headers or {}).get("Authentication-Results")])],
             modseq=self.modseq + 1,
         )
         self.mails[mail.id] = mail
-        self.by_sender.add(sender_text(mail), mail.id)
-        self.by_raw_sender.add(raw or "", mail.id)
+        self.by_sender[mail.author].add(mail.id)
         self.file(mail.id, map(self.mailbox_id, mailboxes), keywords)
         return mail.id
 
@@ -515,11 +428,16 @@ class Account:
             (here.add if box_id in mail.mailboxes else here.discard)(mail_id)
         if not mail.mailboxes:
             del self.mails[mail_id]
-            self.by_sender.remove(sender_text(mail), mail_id)
-            self.by_raw_sender.remove(mail.sender or "", mail_id)
+            self.by_sender[mail.author].discard(mail_id)
         if (old_boxes, old_words) != (mail.mailboxes, mail.keywords):
             self._note("Email", mail_id, alive=bool(mail.mailboxes))
             self._publish(*(("Mailbox", box_id) for box_id in counted))
+
+    def mails_by(self, *words: str, is_raw: bool = False) -> set[str]:
+        """The mails with all of these in their header From, raw or as a text search sees it."""
+        authors = ((ids, raw if is_raw else seen) for (raw, seen), ids in self.by_sender.items())
+        lower = [word.lower() for word in words]
+        return set().union(*(ids for ids, text in authors if all(word in text for word in lower)))
 
     def remove_mail(self, mail_id: str) -> None:
         self.file(mail_id, ())
@@ -534,33 +452,32 @@ class Account:
 
     def add_book(self, name: str, *, is_default: bool = False, may_write: bool = True) -> str:
         """The first one is the default, until another is."""
-        book = Book(f"A{next(self._serial)}", name, is_default or not self.books, may_write)
-        for other in self.books.values():
-            other.is_default = other.is_default and not book.is_default
-        self.books[book.id] = book
-        self._publish(("AddressBook", book.id))
-        return book.id
+        book_id = f"A{next(self._serial)}"
+        for other in self.books.values() if is_default else ():
+            other["isDefault"] = False
+        self.books[book_id] = {
+            "id": book_id,
+            "name": name,
+            "isDefault": is_default or not self.books,
+            "myRights": {"mayRead": True, "mayWrite": may_write},
+        }
+        self._publish(("AddressBook", book_id))
+        return book_id
 
     def put_in_book(self, card_id: str, *books: str) -> None:
         """Into these address books and out of all others."""
-        found = [book.id for book in self.books.values() if {book.id, book.name} & {*books}]
+        found = [key for key, book in self.books.items() if {key, book["name"]} & {*books}]
         self.put_card({**self.cards[card_id], "addressBookIds": flags(found)})
 
     def new_card(self, properties: Mapping[str, Any]) -> str:
         """A card of these properties, with the ids it lacks and in the default book."""
         serial = next(self._serial)
         uid = properties.get("uid") or f"urn:uuid:{uuid.UUID(int=serial, version=4)}"
-        book_id = next(key for key, book in self.books.items() if book.is_default)
+        book_id = next(key for key, book in self.books.items() if book["isDefault"])
         card: JSON = {"@type": "Card", "version": "1.0", "addressBookIds": {book_id: True}}
         card |= {**properties, "uid": uid, "id": uid if self.id_is_uid else f"C{serial}"}
         self.put_card(card)
         return str(card["id"])
-
-    def put_raw_card(self, card: JSON) -> str:
-        """A card as it is, right or wrong; only an id it gets, if it has none."""
-        raw = {"id": f"C{next(self._serial)}", **card}
-        self.put_card(raw)
-        return str(raw["id"])
 
     def add_contact(
         self, address: str, name: str = "", kind: str = "individual", **properties: Any
@@ -574,10 +491,17 @@ class Account:
         uids = flags(self.cards[key]["uid"] if key in self.cards else key for key in members)
         return self.new_card({"kind": "group", "name": {"full": name}, "members": uids})
 
+    @property
+    def groups(self) -> list[str]:
+        return [key for key, card in self.cards.items() if card.get("kind") == "group"]
+
+    @property
+    def by_uid(self) -> dict[str, str]:
+        return {card["uid"]: key for key, card in self.cards.items() if card.get("uid")}
+
     def group_id(self, name: str) -> str:
         """Of namesakes the oldest."""
-        groups = (card for key, card in self.cards.items() if key in self.groups)
-        return next(str(one["id"]) for one in groups if full_name(one) == name)
+        return next(key for key in self.groups if full_name(self.cards[key]) == name)
 
     def join_group(self, name: str, contact_id: str) -> None:
         group = self.cards[self.group_id(name)]
@@ -586,31 +510,17 @@ class Account:
 
     def put_card(self, card: JSON) -> None:
         """The one place where a card is made or changed."""
-        if card["id"] in self.cards:
-            self._unindex(self.cards[card["id"]])
         self.cards[card["id"]] = card
-        if card.get("uid"):
-            self.by_uid[card["uid"]] = card["id"]
-        for address in card_addresses(card):
-            self.by_email.add(address, card["id"])
-        if card.get("kind") == "group":
-            self.groups.add(card["id"])
         self._publish(("ContactCard", card["id"]))
 
     def remove_card(self, card_id: str) -> None:
         """Its uid stays in the groups it was in."""
-        self._unindex(self.cards.pop(card_id))
+        del self.cards[card_id]
         self._publish(("ContactCard", card_id), alive=False)
-
-    def _unindex(self, card: JSON) -> None:
-        self.by_uid.pop(card.get("uid", ""), None)
-        self.groups.discard(card["id"])
-        for address in card_addresses(card):
-            self.by_email.remove(address, card["id"])
 
     def contacts_of(self, address: str) -> list[JSON]:
         """The cards that have exactly this address."""
-        return [self.cards[key] for key in sorted(self.by_email.exact(address))]
+        return [card for card in self.cards.values() if address.lower() in card_addresses(card)]
 
     def groups_of(self, address: str) -> set[str]:
         """Names of the groups that a contact of this address is in."""
@@ -625,13 +535,15 @@ class Account:
 
     def _note(self, kind: str, object_id: str, alive: bool = True) -> None:
         self.modseq += 1
-        self.histories[kind].note(object_id, self.modseq, alive)
-        self._news[kind] = self.modseq
+        history = self.histories[kind]
+        history.modseq = self._news[kind] = self.modseq
+        history.born.setdefault(object_id, self.modseq)
+        if not alive:
+            history.gone.add(object_id)
 
     def _publish(self, *changed: tuple[str, str], alive: bool = True) -> None:
         for kind, object_id in changed:
             self._note(kind, object_id, alive)
-        self.queries.clear()
         news, self._news = self._news, {}
         for listener in self.listeners:
             listener(news)
@@ -658,10 +570,9 @@ def select(where: JSON | None, among: Ids, condition: Callable[[str, Any, Ids], 
         for part in parts:
             among = select(part, among, condition)
         return among
-    if operator not in ("OR", "NOT"):
+    if operator != "OR":
         raise MethodError("invalidArguments", "filter/operator")
-    found: Ids = set().union(*(select(part, among, condition) for part in parts))
-    return among - found if operator == "NOT" else found
+    return set().union(*(select(part, among, condition) for part in parts))
 
 
 def count_terms(where: JSON | None) -> int:
@@ -678,19 +589,14 @@ def pointer_parts(path: str) -> list[str]:
 
 
 def apply_patch(item: JSON, patch: JSON) -> JSON:
-    """A patched copy (RFC 8620 section 5.3): parents must exist, no path may contain another."""
-    paths = [pointer_parts(path) for path in patch]
-    for outer, inner in itertools.pairwise(sorted(paths)):
-        if inner[: len(outer)] == outer:
-            raise SetError("invalidPatch", f"{'/'.join(inner)} is inside of {'/'.join(outer)}")
-    patched = dict(item)
-    for (*parents, last), value in zip(paths, patch.values(), strict=True):
-        target = patched
-        for part in parents:
-            if not isinstance(target.get(part), dict):
-                raise SetError("invalidPatch", f"no {part} on the way to {last}")
-            target[part] = dict(target[part])
-            target = target[part]
+    """A patched copy (RFC 8620 section 5.3), of maps that are no deeper than one level: a parent
+    must exist, and no path may be inside of another."""
+    patched = {key: {**old} if isinstance(old, dict) else old for key, old in item.items()}
+    for path, value in patch.items():
+        top, *rest = pointer_parts(path)
+        if rest and (top in patch or len(rest) > 1 or not isinstance(patched.get(top), dict)):
+            raise SetError("invalidPatch", path)
+        target, last = (patched[top], rest[0]) if rest else (patched, top)
         if value is None:
             target.pop(last, None)
         else:
@@ -703,26 +609,20 @@ def is_id_set(value: object) -> bool:
     return isinstance(value, dict) and all(flag is True for flag in value.values())
 
 
-def nothing(*_: object) -> None:
-    """The value of a property that this server knows and never fills."""
-
-
 class Kind:
     """One JMAP data type: what get, query and set have to know of its objects."""
 
     name: ClassVar[str]
+    store: ClassVar[str]  # the attribute of the account that has them
     capability: ClassVar[str]
-    verbs: ClassVar[frozenset[str]] = frozenset({"get", "query", "set", "changes"})
-    arguments: ClassVar[frozenset[str]] = frozenset()  # beyond those of RFC 8620
-    references: ClassVar[frozenset[str]] = frozenset()  # properties that may hold creation ids
-    properties: ClassVar[Mapping[str, Callable[[Account, Any], Any]]] = {}
+    verbs: ClassVar[Ids] = frozenset({"get", "query", "set"})
+    arguments: ClassVar[Ids] = frozenset()  # beyond those of RFC 8620
+    properties: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
     sorts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
 
     def __init__(self, account: Account, options: Options) -> None:
         self.account, self.options = account, options
-
-    def objects(self) -> Mapping[str, Any]:
-        raise NotImplementedError
+        self.objects: dict[str, Any] = getattr(account, self.store)
 
     def check(self, properties: Iterable[str]) -> None:
         if unknown := [name for name in properties if name not in self.properties]:
@@ -730,25 +630,17 @@ class Kind:
 
     def render(self, item: Any, properties: list[str] | None) -> JSON:
         wanted = self.properties if properties is None else dict.fromkeys(["id", *properties])
-        return {name: self.value(item, name) for name in wanted}
-
-    def value(self, item: Any, name: str) -> Any:
-        return self.properties[name](self.account, item)
+        return {name: self.properties[name](item) for name in wanted}
 
     def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
         """All matching ids in order; those alike in order of arrival."""
-        options, queries, objects = self.options, self.account.queries, self.objects()
-        key = json.dumps([self.name, where, sort, options.from_search, options.index_until])
-        if key in queries and not options.index_lag:
-            return queries[key]
-        found = select(where, objects.keys(), self.condition)
-        ids = sorted(found, key=self.account.histories[self.name].born)
+        found = select(where, self.objects.keys(), self.condition)
+        ids = sorted(found, key=self.account.histories[self.name].born.__getitem__)
         for comparator in reversed(sort):
             if comparator["property"] not in self.sorts:
                 raise MethodError("unsupportedSort", comparator["property"])
-            values = {key: self.sorts[comparator["property"]](objects[key]) for key in ids}
+            values = {key: self.sorts[comparator["property"]](self.objects[key]) for key in ids}
             ids.sort(key=values.__getitem__, reverse=not comparator.get("isAscending", True))
-        queries[key] = ids
         return ids
 
     def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
@@ -756,155 +648,81 @@ class Kind:
         return {}
 
     def condition(self, name: str, value: Any, among: Ids) -> Ids:
+        """Those of the ids that this filter condition leaves."""
         if name not in (tests := self.tests(value)):
             raise MethodError("unsupportedFilter", name)
-        objects = self.objects()
-        return {key for key in among if tests[name](objects[key])}
+        return {key for key in among if tests[name](self.objects[key])}
 
     def create(self, item: JSON) -> JSON:
         """Makes an object; returns the properties the client does not know (with its id)."""
-        raise SetError("forbidden", "mails are delivered or imported")
+        raise SetError("forbidden")
 
     def update(self, object_id: str, patch: JSON) -> None:
-        raise NotImplementedError
+        raise SetError("forbidden")
 
     def destroy(self, object_id: str, args: JSON) -> None:
-        raise NotImplementedError
-
-
-RIGHTS = "ReadItems AddItems RemoveItems SetSeen SetKeywords CreateChild Rename Delete Submit"
-MAILBOX_RIGHTS = flags(f"may{right}" for right in RIGHTS.split())
-
-
-def unread(account: Account, box: Mailbox) -> int:
-    return sum("$seen" not in account.mails[mail_id].keywords for mail_id in box.mails)
+        raise SetError("forbidden")
 
 
 class Mailboxes(Kind):
-    name = "Mailbox"
-    capability = MAIL
+    name, store, capability = "Mailbox", "mailboxes", MAIL
     arguments = frozenset({"onDestroyRemoveEmails"})
-    references = frozenset({"parentId"})
-    writable: ClassVar = {
-        "name": "name",
-        "parentId": "parent_id",
-        "sortOrder": "sort_order",
-        "isSubscribed": "is_subscribed",
-    }
     properties: ClassVar = {
-        "id": lambda _, box: box.id,
-        "name": lambda _, box: box.name,
-        "parentId": lambda _, box: box.parent_id,
-        "role": lambda _, box: box.role,
-        "sortOrder": lambda _, box: box.sort_order,
-        "totalEmails": lambda _, box: len(box.mails),
-        "unreadEmails": unread,
-        "totalThreads": lambda _, box: len(box.mails),
-        "unreadThreads": unread,
-        "isSubscribed": lambda _, box: box.is_subscribed,
-        "myRights": lambda *_: MAILBOX_RIGHTS,
+        "id": lambda box: box.id,
+        "name": lambda box: box.name,
+        "parentId": lambda box: box.parent_id,
+        "role": lambda box: box.role,
+        "totalEmails": lambda box: len(box.mails),
+        "isSubscribed": lambda box: box.is_subscribed,
     }
-    sorts: ClassVar = {"name": lambda box: box.name, "sortOrder": lambda box: box.sort_order}
-
-    def objects(self) -> Mapping[str, Mailbox]:
-        return self.account.mailboxes
 
     def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
         if self.options.mailbox_query == "refuse" and (where or {}).keys() != {"role"}:
             raise MethodError("invalidArguments", "only a filter by role is supported")
         return super().search(where, sort)
 
-    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
-        return {
-            "name": lambda box: text_of(value).lower() in box.name.lower(),
-            "role": lambda box: box.role == value,
-        }
-
     def create(self, item: JSON) -> JSON:
-        """A mailbox is not subscribed to unless the client says so, as on Cyrus."""
-        self._write(draft := Mailbox("", "", is_subscribed=False), item)
-        box = self.account.mailboxes[self.account.add_mailbox(draft.name, draft.parent_id)]
-        box.sort_order, box.is_subscribed = draft.sort_order, draft.is_subscribed
-        return self.render(box, None)
-
-    def update(self, object_id: str, patch: JSON) -> None:
-        box = self.account.mailboxes[object_id]
-        before = replace(box)
-        self._write(box, patch)
-        if box != before:
-            self.account.rename_mailbox(object_id, box.name)
-
-    def _write(self, box: Mailbox, values: JSON) -> None:
-        """Sets what may be set; a name must be unique among its siblings (RFC 8621 section 2)."""
-        boxes = self.account.mailboxes
-        bad = [name for name in values if name not in self.writable]
-        name, parent = values.get("name", box.name), values.get("parentId", box.parent_id)
-        if parent is not None and parent not in boxes:
-            bad.append("parentId")
-        others = ((other.name, other.parent_id) for other in boxes.values() if other.id != box.id)
-        if not name or (name, parent) in others:
+        """A name is unique among its siblings (RFC 8621 section 2). A mailbox is not subscribed to
+        unless the client says so, as on Cyrus."""
+        name, parent = item.get("name"), item.get("parentId")
+        bad = [key for key in item if key not in ("name", "parentId", "isSubscribed")]
+        bad += ["parentId"] if parent not in (None, *self.objects) else []
+        if not name or (name, parent) in (
+            (box.name, box.parent_id) for box in self.objects.values()
+        ):
             bad.append("name")
         if bad:
             raise SetError("invalidProperties", properties=bad)
-        for key, value in values.items():
-            setattr(box, self.writable[key], value)
+        box = self.objects[self.account.add_mailbox(str(name), parent)]
+        box.is_subscribed = item.get("isSubscribed", False)
+        return self.render(box, None)
 
     def destroy(self, object_id: str, args: JSON) -> None:
-        boxes = self.account.mailboxes
-        if any(other.parent_id == object_id for other in boxes.values()):
+        if any(other.parent_id == object_id for other in self.objects.values()):
             raise SetError("mailboxHasChild")
-        if boxes[object_id].mails and not args.get("onDestroyRemoveEmails"):
+        if self.objects[object_id].mails and not args.get("onDestroyRemoveEmails"):
             raise SetError("mailboxHasEmail")
         self.account.remove_mailbox(object_id)
 
 
-HEADER = re.compile(r"header:([^:]+)(:asText)?(:all)?")
-
-
 class Emails(Kind):
-    name = "Email"
-    capability = MAIL
+    name, store, capability = "Email", "mails", MAIL
     verbs = Kind.verbs | {"import"}
-    arguments = frozenset({"bodyProperties", "fetchTextBodyValues", "collapseThreads"})
-    references = frozenset({"mailboxIds"})
     properties: ClassVar = {
-        "id": lambda _, mail: mail.id,
-        "blobId": lambda _, mail: f"B{mail.id}",
-        "threadId": lambda _, mail: mail.thread_id,
-        "mailboxIds": lambda _, mail: flags(mail.mailboxes),
-        "keywords": lambda _, mail: flags(mail.keywords),
-        "size": lambda _, mail: 1000 + len(mail.subject),
-        "receivedAt": lambda _, mail: mail.received_at,
-        "sentAt": lambda _, mail: mail.sent_at,
-        "messageId": lambda _, mail: [mail.message_id],
-        "inReplyTo": lambda _, mail: mail.references[-1:] or None,
-        "references": lambda _, mail: mail.references or None,
-        "from": lambda _, mail: mail.senders,
-        "to": lambda account, _: [{"name": None, "email": account.address}],
-        "subject": lambda _, mail: decoded(mail.subject),
-        "hasAttachment": lambda *_: False,
-        "preview": lambda _, mail: f"{mail.subject} ...",
-        **dict.fromkeys(("sender", "cc", "bcc", "replyTo"), nothing),
-    }
-    sorts: ClassVar = {
+        "id": lambda mail: mail.id,
+        "blobId": lambda mail: f"B{mail.id}",
+        "threadId": lambda mail: f"T{mail.id}",
+        "mailboxIds": lambda mail: flags(mail.mailboxes),
+        "keywords": lambda mail: flags(mail.keywords),
         "receivedAt": lambda mail: mail.received_at,
-        "from": lambda mail: sender_text(mail).lower(),
-        "subject": lambda mail: decoded(mail.subject).lower(),
+        "from": lambda mail: mail.senders,
+        "to": lambda _: [{"name": None, "email": ADDRESS}],
+        "subject": lambda mail: decoded(mail.subject),
+        "hasAttachment": lambda _: False,
+        "header:From": lambda mail: mail.sender and f" {mail.sender}",
+        "header:Authentication-Results:asText:all": lambda mail: mail.verdicts,
     }
-
-    def objects(self) -> Mapping[str, Mail]:
-        return self.account.mails
-
-    def check(self, properties: Iterable[str]) -> None:
-        super().check(name for name in properties if not HEADER.fullmatch(name))
-
-    def value(self, item: Any, name: str) -> Any:
-        """A header (RFC 8621 section 4.1.3) raw or as text; of several the last, if not `:all`."""
-        if not (asked := HEADER.fullmatch(name)):
-            return super().value(item, name)
-        raw = [text for known, text in item.headers if known.lower() == asked[1].lower()]
-        texts = [decoded(text.strip()) if asked[2] else f" {text}" for text in raw]
-        return texts if asked[3] else texts[-1] if texts else None
+    sorts: ClassVar = {"receivedAt": lambda mail: mail.received_at}
 
     def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
         found, most = super().search(where, sort), self.options.max_filter_terms
@@ -912,9 +730,7 @@ class Emails(Kind):
 
     def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
         return {
-            "hasKeyword": lambda mail: value in mail.keywords,
             "notKeyword": lambda mail: value not in mail.keywords,
-            "before": lambda mail: mail.received_at < text_of(value),
             "after": lambda mail: mail.received_at >= text_of(value),
         }
 
@@ -931,55 +747,42 @@ class Emails(Kind):
             header, text = map(text_of, value)
             if header.lower() != "from":
                 raise MethodError("unsupportedFilter", f"header {header}")
-            return among & account.by_raw_sender.containing(text)
+            return among & account.mails_by(text, is_raw=True)
         return super().condition(name, value, among)
 
     def _text_search(self, text: str, among: Ids) -> Ids:
         """Words or parts of words, anywhere in names and addresses, as far as the index got."""
         if self.options.from_search == "error":
             raise MethodError("serverFail", "no search index")
-        until = math.inf if self.options.index_until is None else self.options.index_until
-        latest = time.monotonic() - self.options.index_lag
-        found = self.account.by_sender.containing(*text.split())
-        mails = [self.account.mails[key] for key in among & found]
         if self.options.from_search == "empty":
-            mails = []
-        return {mail.id for mail in mails if mail.modseq <= until and mail.arrived <= latest}
+            return set()
+        until = math.inf if self.options.index_until is None else self.options.index_until
+        found = among & self.account.mails_by(*text.split())
+        return {key for key in found if self.objects[key].modseq <= until}
 
-    def import_blob(self, item: JSON) -> JSON:
-        """RFC 8621 section 4.8, for a blob with the headers of a message."""
-        boxes, blob = item.get("mailboxIds") or {}, self.account.blobs.get(item.get("blobId", ""))
-        bad = (
-            []
-            if boxes and is_id_set(boxes) and boxes.keys() <= self.account.mailboxes.keys()
-            else ["mailboxIds"]
-        )
-        if bad or blob is None:
-            raise SetError("invalidProperties", properties=bad or ["blobId"])
+    def create(self, item: JSON) -> JSON:
+        """RFC 8621 section 4.8: an import, of a blob with the headers of a message."""
+        boxes, blob = item.get("mailboxIds"), self.account.blobs.get(item.get("blobId", ""))
+        if not boxes or not is_id_set(boxes) or not boxes.keys() <= self.account.mailboxes.keys():
+            raise SetError("invalidProperties", properties=["mailboxIds"])
+        if blob is None:
+            raise SetError("invalidProperties", properties=["blobId"])
         message = email.message_from_bytes(blob)
-        texts = {name.lower(): " ".join(str(text).split()) for name, text in message.items()}
-        try:
-            sent_at = parsedate_to_datetime(texts["date"]).isoformat()
-        except (KeyError, ValueError):
-            sent_at = None
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        texts = {name: " ".join(str(text).split()) for name, text in message.items()}
         mail_id = self.account.deliver(
-            texts.get("from"),
+            texts.pop("From", None),
             boxes,
-            subject=texts.get("subject", ""),
-            received_at=item.get("receivedAt") or now,
-            sent_at=sent_at,
+            subject=texts.pop("Subject", ""),
+            received_at=item.get("receivedAt") or datetime.now(UTC).strftime(UTC_DATE),
             keywords=item.get("keywords") or (),
-            headers={name: list(map(str, message.get_all(name, ()))) for name in message},
-            message_id=texts.get("message-id", "").strip("<>"),
-            in_reply_to=texts.get("in-reply-to", "").strip("<>"),
+            headers=texts,
         )
-        made = self.render(self.account.mails[mail_id], ["blobId", "threadId"])
+        made = self.render(self.objects[mail_id], ["blobId", "threadId"])
         return {**made, "size": len(blob)}
 
     def update(self, object_id: str, patch: JSON) -> None:
         """Only `mailboxIds` and `keywords` of a mail may change (RFC 8621 section 4.6)."""
-        mail, mailboxes, named = self.account.mails[object_id], self.account.mailboxes, set()
+        mail, mailboxes, named = self.objects[object_id], self.account.mailboxes, set()
         for path, value in patch.items():
             top, *rest = pointer_parts(path)
             good = (value is True or value is None) if rest else is_id_set(value)
@@ -991,7 +794,7 @@ class Emails(Kind):
             raise SetError("invalidProperties", properties=["mailboxIds"])
         now = {"mailboxIds": flags(mail.mailboxes), "keywords": flags(mail.keywords)}
         patched = apply_patch(now, patch)
-        if len(patched["mailboxIds"]) > self.options.max_mailboxes_per_email:
+        if len(patched["mailboxIds"]) > MAX_MAILBOXES:
             raise SetError("tooManyMailboxes", "a mail may not be in so many mailboxes")
         if not patched["mailboxIds"] and self.options.last_mailbox == "refuse":
             raise SetError("invalidProperties", "in no mailbox", properties=["mailboxIds"])
@@ -1002,88 +805,55 @@ class Emails(Kind):
 
 
 class Identities(Kind):
-    name = "Identity"
-    capability = SUBMISSION
+    name, store, capability = "Identity", "identities", SUBMISSION
     verbs = frozenset({"get"})
-    properties: ClassVar = {
-        "id": lambda _, identity: identity["id"],
-        "name": lambda _, identity: identity.get("name", "Alice"),
-        "email": lambda _, identity: identity["email"],
-        "mayDelete": lambda *_: False,
-    }
+    properties: ClassVar = {key: itemgetter(key) for key in ("id", "email")}
 
-    def objects(self) -> Mapping[str, JSON]:
-        known = self.options.identities
-        given = [{"email": self.account.address}] if known is None else known
-        return {f"I{n}": {"id": f"I{n}", **identity} for n, identity in enumerate(given, 1)}
+    def __init__(self, account: Account, options: Options) -> None:
+        super().__init__(account, options)
+        known = [{"email": ADDRESS}] if options.identities is None else options.identities
+        self.objects |= {f"I{n}": {"id": f"I{n}", **one} for n, one in enumerate(known)}
 
 
 class Books(Kind):
-    name = "AddressBook"
-    capability = CONTACTS
+    name, store, capability = "AddressBook", "books", CONTACTS
     verbs = frozenset({"get"})
-    properties: ClassVar = {
-        "id": lambda _, book: book.id,
-        "name": lambda _, book: book.name,
-        "description": nothing,
-        "sortOrder": lambda *_: 0,
-        "isDefault": lambda _, book: book.is_default,
-        "isSubscribed": lambda *_: True,
-        "myRights": lambda _, book: {
-            "mayRead": True,
-            **dict.fromkeys(("mayWrite", "mayShare", "mayDelete"), book.may_write),
-        },
-    }
-
-    def objects(self) -> Mapping[str, Book]:
-        return self.account.books
+    properties: ClassVar = {key: itemgetter(key) for key in ("id", "name", "isDefault", "myRights")}
 
 
-def is_map_of(required: str, value: object) -> bool:
-    """A map of RFC 9553 Ids to objects that have this text property."""
-    return isinstance(value, dict) and all(
-        re.fullmatch(r"[\w-]{1,255}", key) and is_a(dict, item) and is_a(str, item.get(required))
-        for key, item in value.items()
-    )
+def has_text(key: str, value: object) -> bool:
+    """A map of objects, each of which has this text property."""
+    items = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(item, dict) and isinstance(item.get(key), str) for item in items)
 
 
 def is_name(value: object) -> bool:
     """RFC 9553 section 2.2.1: a full name, or components of a kind and a value, or both."""
     if not isinstance(value, dict) or not value.keys() & {"full", "components"}:
         return False
-    parts = value.get("components", [])
-    texts = [value.get("full", ""), *(part.get(key) for part in parts for key in ("kind", "value"))]
-    return all(is_a(str, text) for text in texts)
+    parts = dict(enumerate(value.get("components", [])))
+    return isinstance(value.get("full", ""), str) and all(
+        has_text(key, parts) for key in ("kind", "value")
+    )
 
 
-def is_a(kind: type, value: object) -> bool:
-    return isinstance(value, kind)
-
-
-CARD_KINDS = ("individual", "group", "org", "location", "device", "application")
 CARD_REQUIRED = ("@type", "version", "addressBookIds")
 CARD_RULES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("id", "uid", "created", "updated"), partial(is_a, str)),
-    **dict.fromkeys(("organizations", "nicknames", "phones", "addresses"), partial(is_a, dict)),
-    "@type": lambda value: value == "Card",
-    "version": lambda value: value == "1.0",
+    "@type": "Card".__eq__,
+    "version": "1.0".__eq__,
+    "uid": lambda value: isinstance(value, str),
     "addressBookIds": lambda value: is_id_set(value) and bool(value),
-    "kind": CARD_KINDS.__contains__,
+    "kind": ("individual", "group", "org").__contains__,
     "name": is_name,
-    "emails": partial(is_map_of, "address"),
-    "notes": partial(is_map_of, "note"),
+    "organizations": partial(has_text, "name"),
+    "emails": partial(has_text, "address"),
+    "notes": partial(has_text, "note"),
     "members": is_id_set,
-    "keywords": is_id_set,
 }
 
 
 class Cards(Kind):
-    name = "ContactCard"
-    capability = CONTACTS
-    references = frozenset({"addressBookIds"})
-
-    def objects(self) -> Mapping[str, JSON]:
-        return self.account.cards
+    name, store, capability = "ContactCard", "cards", CONTACTS
 
     def check(self, properties: Iterable[str]) -> None:
         """A card may have properties of other makers, so none is unknown (RFC 9553)."""
@@ -1092,67 +862,52 @@ class Cards(Kind):
         wanted = item if properties is None else ["id", *properties]
         return {key: item[key] for key in wanted if key in item}
 
-    def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
-        broken = self.options.not_finds_nothing and '"NOT"' in json.dumps(where)
-        return [] if broken else super().search(where, sort)
-
     def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
+        """RFC 9610 section 3.3.1; `email` is a substring, as Cyrus has it."""
+        text = text_of(value)
         return {
-            "kind": lambda card: card.get("kind", "individual") == value,
-            "inAddressBook": lambda card: value in (card.get("addressBookIds") or ()),
-            "hasMember": lambda card: value in (card.get("members") or ()),
+            "kind": lambda card: card.get("kind", "individual") == text,
+            "uid": lambda card: card.get("uid") == text,
+            "email": lambda card: any(text.lower() in one for one in card_addresses(card)),
         }
 
-    def condition(self, name: str, value: Any, among: Ids) -> Ids:
-        """RFC 9610 section 3.3.1; `email` is a substring, as Cyrus has it."""
-        account = self.account
-        if name == "email":
-            return among & account.by_email.containing(text_of(value))
-        if name == "uid":
-            return among & {account.by_uid.get(text_of(value), "")}
-        if name == "kind" and value == "group":
-            return among & account.groups
-        return super().condition(name, value, among)
-
     def create(self, item: JSON) -> JSON:
-        self._validate(item, item.keys() | set(CARD_REQUIRED), {})
-        card = self.account.cards[self.account.new_card(item)]
+        self._validate(item, {*item, *CARD_REQUIRED})
+        if item.get("uid") in self.account.by_uid:
+            raise SetError("invalidProperties", properties=["uid"])
+        card = self.objects[self.account.new_card(item)]
         return {name: value for name, value in card.items() if name not in item}
 
     def update(self, object_id: str, patch: JSON) -> None:
-        card = self.account.cards[object_id]
+        """What was wrong before and is not touched may stay so; a uid stays in any case."""
+        card = self.objects[object_id]
         patched = apply_patch(card, patch)
         self._check_rights(card)
+        if patched.get("uid") != card.get("uid"):
+            raise SetError("invalidProperties", properties=["uid"])
         if patched != card:
-            self._validate(patched, {pointer_parts(path)[0] for path in patch}, card)
+            self._validate(patched, {pointer_parts(path)[0] for path in patch})
             self.account.put_card(patched)
 
-    def _validate(self, card: JSON, changed: Iterable[str], old: JSON) -> None:
-        """RFC 9553 and 9610: what must be there is, what is there is right, ids are not changed.
-        What was wrong before and is not touched may stay so."""
-        books = self.account.books.keys()
-        bad = {name for name in changed if name not in CARD_RULES and ":" not in name}
-        given = {name for name in changed if name in CARD_RULES and name in card}
-        bad |= {name for name in given if not CARD_RULES[name](card[name])}
-        bad |= {name for name in CARD_REQUIRED if name in changed and name not in card}
-        if old:
-            bad |= {name for name in ("id", "uid") if card.get(name) != old.get(name)}
-        else:
-            bad |= {"id"} & card.keys()
-            bad |= {"uid"} if card.get("uid") in self.account.by_uid else set()
-        if "addressBookIds" in given - bad and not card["addressBookIds"].keys() <= books:
-            bad.add("addressBookIds")
-        if bad:
-            raise SetError("invalidProperties", properties=sorted(bad))
+    def _validate(self, card: JSON, names: Iterable[str]) -> None:
+        """RFC 9553 and 9610: these properties are known, there if they must be, and right."""
+        wrong = {name for name in names if name not in CARD_RULES and ":" not in name}
+        wrong |= {name for name in names if name in CARD_REQUIRED and name not in card}
+        checked = [name for name in names if name in CARD_RULES and name in card]
+        wrong |= {name for name in checked if not CARD_RULES[name](card[name])}
+        if not wrong and not card["addressBookIds"].keys() <= self.account.books.keys():
+            wrong.add("addressBookIds")
+        if wrong:
+            raise SetError("invalidProperties", properties=sorted(wrong))
         self._check_rights(card)
 
     def _check_rights(self, card: JSON) -> None:
         books = [self.account.books.get(key) for key in card.get("addressBookIds") or ()]
-        if any(book and not book.may_write for book in books):
+        if any(book and not book["myRights"]["mayWrite"] for book in books):
             raise SetError("forbidden", "the address book may only be read")
 
     def destroy(self, object_id: str, args: JSON) -> None:
-        self._check_rights(self.account.cards[object_id])
+        self._check_rights(self.objects[object_id])
         self.account.remove_card(object_id)
 
 
@@ -1171,25 +926,10 @@ class Write:
     reply: JSON
 
 
-def evaluate(value: Any, parts: list[str]) -> Any:
-    """A JSON pointer with `*` for every item of a list (RFC 8620 section 3.7)."""
-    if not parts:
-        return value
-    head, *rest = parts
-    if isinstance(value, list) and head == "*":
-        found: list[Any] = []
-        for item in value:
-            result = evaluate(item, rest)
-            found.extend(result if isinstance(result, list) else [result])
-        return found
-    return evaluate(value[int(head)] if isinstance(value, list) else value[head], rest)
-
-
 SET_OUTCOMES = ("created", "updated", "destroyed", "notCreated", "notUpdated", "notDestroyed")
 PAGE = ("filter", "sort", "position", "anchor", "anchorOffset", "limit", "calculateTotal")
 ARGUMENTS = {
     "get": {"accountId", "ids", "properties"},
-    "changes": {"accountId", "sinceState", "maxChanges"},
     "query": {"accountId", *PAGE},
     "set": {"accountId", "ifInState", "create", "update", "destroy"},
     "import": {"accountId", "ifInState", "emails"},
@@ -1197,12 +937,11 @@ ARGUMENTS = {
 
 
 class Run:
-    """One API request: its calls in order, with result references and creation ids."""
+    """One API request: its calls in order, with result references."""
 
     def __init__(self, server: JMAPServer, body: Any, fault: Fault) -> None:
         self.server, self.fault = server, fault
         self.account, self.options = server.account, server.options
-        self.created: dict[str, str] = {}
         self.replies: list[list[Any]] = []
         try:
             self.using, self.calls = body["using"], body["methodCalls"]
@@ -1243,8 +982,7 @@ class Run:
             raise MethodError("accountNotFound")
         if unknown := args.keys() - ARGUMENTS[verb] - kind.arguments:
             raise MethodError("invalidArguments", f"unknown arguments: {unknown}")
-        methods = {"get": self._get, "query": self._query, "changes": self._changes}
-        methods |= {"set": self._set, "import": self._import}
+        methods = {"get": self._get, "query": self._query, "set": self._set, "import": self._set}
         return {"accountId": self.account.id, **methods[verb](kind, args)}
 
     def _with_results(self, args: JSON) -> JSON:
@@ -1259,72 +997,33 @@ class Run:
     def _result(self, reference: Any) -> Any:
         try:
             earlier = next(one for one in self.replies if one[2] == reference["resultOf"])
-            if earlier[0] != reference["name"] or reference["path"][0] != "/":
-                raise LookupError("another method, or no pointer")
-            return evaluate(earlier[1], pointer_parts(reference["path"][1:]))
-        except (LookupError, StopIteration, TypeError, ValueError) as problem:
+            if earlier[0] != reference["name"]:
+                raise LookupError("another method")
+            return earlier[1][reference["path"].removeprefix("/")]
+        except (LookupError, StopIteration) as problem:
             raise MethodError("invalidResultReference", repr(problem)) from None
 
-    def _resolved(self, value: Any) -> Any:
-        """Creation ids replaced by what they stand for, also in paths (RFC 8620 section 5.3)."""
-        if isinstance(value, dict):
-            return {self._resolved(key): self._resolved(inner) for key, inner in value.items()}
-        if not isinstance(value, str) or "#" not in value:
-            return value
-        path, _, name = value.rpartition("#")
-        return path + self.created[name] if name in self.created else value
-
-    def _resolved_item(self, kind: Kind, item: Any) -> JSON:
-        """A patch, or an object to create."""
-        if not isinstance(item, dict):
-            raise MethodError("invalidArguments", "a patch must be an object")
-        refers = {path: path.partition("/")[0] in kind.references for path in item}
-        plain = {path: value for path, value in item.items() if not refers[path]}
-        return {**plain, **self._resolved({path: item[path] for path in item if refers[path]})}
-
     def _get(self, kind: Kind, args: JSON) -> JSON:
-        objects, properties = kind.objects(), args.get("properties")
+        objects, properties = kind.objects, args.get("properties")
         kind.check(properties or ())
         ids = list(objects) if args.get("ids") is None else args["ids"]
         if not isinstance(ids, list) or not all(isinstance(key, str) for key in ids):
             raise MethodError("invalidArguments", "ids must be a list of ids")
         if len(ids) > self.server.limit("maxObjectsInGet"):
             raise MethodError("requestTooLarge")
-        ids = list(dict.fromkeys(map(self._resolved, ids)))
+        ids = list(dict.fromkeys(ids))
         return {
             "state": self.account.state(kind.name),
             "list": [kind.render(objects[key], properties) for key in ids if key in objects],
             "notFound": [key for key in ids if key not in objects],
         }
 
-    def _changes(self, kind: Kind, args: JSON) -> JSON:
-        """RFC 8620 section 5.2; what came and went in between is not told."""
-        history, most = self.account.histories[kind.name], args.get("maxChanges") or FOREVER
-        since = re.fullmatch(r"J(\d+)", str(args.get("sinceState")))
-        if since is None or int(since[1]) > history.modseq:
-            raise MethodError("cannotCalculateChanges")
-        known = int(since[1])
-        entries = history.since(known)
-        told = entries[:most]
-        return {
-            "oldState": args["sinceState"],
-            "newState": f"J{told[-1][2] if told else history.modseq}",
-            "hasMoreChanges": len(entries) > most,
-            "created": [key for key, born, _, alive in told if alive and born > known],
-            "updated": [key for key, born, _, alive in told if alive and born <= known],
-            "destroyed": [key for key, born, _, alive in told if not alive and born <= known],
-            **({"updatedProperties": None} if kind.name == "Mailbox" else {}),
-        }
-
     def _query(self, kind: Kind, args: JSON) -> JSON:
         """RFC 8620 section 5.5. The whole result is found first, then the page is cut from it."""
-        ids, sparse = (
-            kind.search(args.get("filter"), args.get("sort") or []),
-            self.options.sparse_replies,
-        )
+        ids = kind.search(args.get("filter"), args.get("sort") or [])
         start = self._start(ids, args)
         limit, cap = args.get("limit"), self.options.max_query_limit
-        if limit is not None and (not isinstance(limit, int) or limit < 0):
+        if not isinstance(limit or 0, int) or (limit or 0) < 0:
             raise MethodError("invalidArguments", "limit")
         lowered = cap is not None and (limit is None or limit > cap)
         reply = {
@@ -1332,7 +1031,7 @@ class Run:
             "canCalculateChanges": False,
             "ids": ids[start:][: cap if lowered else limit],
         }
-        reply |= {"total": None} if sparse else {"position": start}
+        reply |= {"total": None} if self.options.sparse_replies else {"position": start}
         reply |= {"total": len(ids)} if args.get("calculateTotal") else {}
         return reply | ({"limit": cap} if lowered else {})
 
@@ -1341,21 +1040,13 @@ class Run:
             if anchor not in ids:
                 raise MethodError("anchorNotFound")
             return max(0, ids.index(anchor) + int(args.get("anchorOffset") or 0))
-        position = args.get("position") or 0
-        if not isinstance(position, int):
-            raise MethodError("invalidArguments", "position")
-        return position if position >= 0 else max(0, len(ids) + position)
+        return int(args.get("position") or 0)
 
-    def _import(self, kind: Any, args: JSON) -> JSON:
-        return self._set(kind, {"create": args.get("emails"), **args}, kind.import_blob)
-
-    def _set(self, kind: Kind, args: JSON, make: Callable[[JSON], JSON] | None = None) -> JSON:
+    def _set(self, kind: Kind, args: JSON) -> JSON:
         """RFC 8620 section 5.3: every object by itself succeeds or fails; what is empty is null."""
-        create, update = args.get("create") or {}, args.get("update") or {}
-        if not isinstance(create, dict) or not isinstance(update, dict):
-            raise MethodError("invalidArguments", "create and update are objects")
-        tasks: list[tuple[str, str, Any]] = [("Created", *entry) for entry in create.items()]
-        tasks += [("Updated", *entry) for entry in update.items()]
+        create, update = args.get("create") or args.get("emails"), args.get("update") or {}
+        tasks: list[tuple[str, str, Any]] = [("Created", *each) for each in (create or {}).items()]
+        tasks += [("Updated", *each) for each in update.items()]
         tasks += [("Destroyed", key, args) for key in args.get("destroy") or ()]
         old_state = self.account.state(kind.name)
         if self.options.read_only:
@@ -1367,34 +1058,31 @@ class Run:
         done: dict[str, Any] = {outcome: {} for outcome in SET_OUTCOMES}
         for verb, key, value in tasks:
             try:
-                done[verb.lower()] |= self._change(kind, verb, key, value, make or kind.create)
+                done[verb.lower()] |= self._change(kind, verb, key, value)
             except SetError as failure:
                 done[f"not{verb}"][key] = failure.body
         done["destroyed"] = list(done["destroyed"])
         reply: JSON = {"oldState": old_state, "newState": self.account.state(kind.name)}
         reply |= {key: value or None for key, value in done.items()}
         if reply["newState"] != old_state:
-            self.server.note_write(Write(f"{kind.name}/{'import' if make else 'set'}", args, reply))
+            method = f"{kind.name}/{'import' if 'emails' in args else 'set'}"
+            self.server.writes.append(Write(method, args, reply))
+            del self.server.writes[: -self.options.history]
         return reply
 
-    def _change(
-        self, kind: Kind, verb: str, key: str, value: Any, make: Callable[[JSON], JSON]
-    ) -> JSON:
+    def _change(self, kind: Kind, verb: str, key: str, value: Any) -> JSON:
         """One object's creation, update or destruction, as it is reported."""
         if refused := self.fault.refuse.get(key) or self.fault.refuse.get("*"):
             raise SetError(refused["type"], **{k: v for k, v in refused.items() if k != "type"})
         if verb == "Created":
-            made = make(self._resolved_item(kind, value))
-            self.created[key] = made["id"]
-            return {key: made}
-        object_id = self._resolved(key)
-        if object_id not in kind.objects():
+            return {key: kind.create(value)}
+        if key not in kind.objects:
             raise SetError("notFound")
         if verb == "Updated":
-            kind.update(object_id, self._resolved_item(kind, value))
+            kind.update(key, value)
         else:
-            kind.destroy(object_id, value)
-        return {object_id: None}
+            kind.destroy(key, value)
+        return {key: None}
 
 
 # ------------------------------------------------------------------------------------------ HTTP
@@ -1411,14 +1099,13 @@ class Request:
     time: float = field(default_factory=time.monotonic)
     status: int | None = None  # what was answered, if anything (yet)
     answered: int = 0  # bytes of the answer's body, where its length is known
-    worked: float = 0  # seconds that the server itself took
 
     def __post_init__(self) -> None:
         url = urllib.parse.urlsplit(self.target)
         self.path = url.path
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        start = next((key for key in (EVENT_PATH, UPLOAD_PATH) if self.path.startswith(key)), None)
-        self.kind = PATHS.get(start or self.path, "other")
+        kinds = (kind for path, kind in PATHS.items() if self.path.startswith(path))
+        self.kind = next(kinds, "other")
         self.size = len(self.body)
         self.json: Any = None
         if self.kind == "api":
@@ -1467,10 +1154,9 @@ class Connection:
 
     def read_request(self) -> Request | None:
         """The next request; None when the client has gone."""
-        lines = itertools.takewhile(bytes.strip, iter(self._file.readline, b""))
-        first, *fields = [line.decode("latin-1") for line in lines] or [""]
-        pairs = (line.partition(":") for line in fields)
-        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        first = self._file.readline().decode("latin-1").rstrip()
+        fields = http.client.parse_headers(self._file)
+        headers = {name.lower(): value for name, value in fields.items()}
         body = self._file.read(size := int(headers.get("content-length", 0)))
         if not first or len(body) < size:
             return None
@@ -1524,12 +1210,6 @@ class Stream:
         self.hung = False
         self._outbox: Queue[dict[str, int] | bytes | None] = Queue()
 
-    def reply(self) -> Reply:
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
-        if self.options.chunked:
-            headers |= {"Transfer-Encoding": "chunked"}
-        return Reply(200, headers=headers, takes_over=self._run)
-
     def push(self, news: dict[str, int]) -> None:
         """Listens to the account."""
         if wanted := {key: modseq for key, modseq in news.items() if key in self.types}:
@@ -1544,7 +1224,7 @@ class Stream:
         self._connection.abort()
         self.send(None)
 
-    def _run(self, connection: Connection) -> None:
+    def run(self, connection: Connection) -> None:
         self._connection = connection
         self.account.listeners.append(self.push)
         self.server.streams.append(self)
@@ -1589,7 +1269,6 @@ class Stream:
         if isinstance(item, bytes):
             self._write(item)
         elif item is not None:
-            gevent.sleep(self.options.push_delay)
             self._send_state(self._coalesced(item), "change")
         return item is not None
 
@@ -1621,8 +1300,7 @@ class Stream:
 class Streams(list[Stream]):
     """The open event streams, and what can befall them all at once."""
 
-    opened = 0
-    """How many there ever were."""
+    opened = 0  # how many there ever were
 
     def drop(self) -> None:
         """Ends them with a reset."""
@@ -1631,15 +1309,14 @@ class Streams(list[Stream]):
 
     def close(self) -> None:
         """Ends them cleanly."""
-        for stream in self:
-            stream.send(None)
+        self.send_raw(None)
 
     def hang(self) -> None:
         """They stay open and send nothing more (but `send_raw`)."""
         for stream in self:
             stream.hung = True
 
-    def send_raw(self, data: bytes) -> None:
+    def send_raw(self, data: bytes | None) -> None:
         for stream in self:
             stream.send(data)
 
@@ -1663,13 +1340,10 @@ class JMAPServer:
         self.requests: list[Request] = []
         self.writes: list[Write] = []
         self.faults: list[Fault] = []
+        # Asked before `faults`, with the number of the request (from 1) and the request.
         self.on_request: Callable[[int, Request], Fault | None] | None = None
-        """Asked before `faults`, with the number of the request (from 1) and the request."""
-        self.crashes: list[Exception] = []
-        """Errors of this server itself; a test that ends with any has found one here."""
+        self.crashes: list[Exception] = []  # of this server: a test that meets one has found it
         self.streams = Streams()
-        self.connections = 0
-        """How many there ever were; over TLS each is a handshake."""
         self.port = 0
         self._count = self._busy = 0
         self._ssl_context = ssl_context
@@ -1741,10 +1415,6 @@ class JMAPServer:
     def limit(self, name: str) -> int:
         return self.options.limits.get(name, LIMITS[name])
 
-    def note_write(self, write: Write) -> None:
-        self.writes.append(write)
-        del self.writes[: max(0, len(self.writes) - self.options.history)]
-
     # Session
 
     def capabilities(self) -> JSON:
@@ -1757,16 +1427,13 @@ class JMAPServer:
     def session(self) -> JSON:
         """RFC 8620 section 2."""
         options, capabilities = self.options, self.capabilities()
-        mail = {"maxMailboxesPerEmail": options.max_mailboxes_per_email}
-        details: dict[str, JSON] = {
-            CORE: {},
-            MAIL: {**mail, "emailQuerySortOptions": sorted(Emails.sorts)},
-            SUBMISSION: {"maxDelayedSend": 0, "submissionExtensions": {}},
-            CONTACTS: {"maxAddressBooksPerCard": 1, "mayCreateAddressBook": False},
+        account = {
+            "name": options.username,
+            "isPersonal": True,
+            "isReadOnly": options.read_only,
+            "accountCapabilities": {name: {} for name in capabilities}
+            | {MAIL: {"maxMailboxesPerEmail": MAX_MAILBOXES}},
         }
-        account: JSON = {"name": options.username, "isPersonal": True}
-        account["isReadOnly"] = options.read_only
-        account["accountCapabilities"] = {name: details[name] for name in capabilities}
         session = {
             "capabilities": capabilities,
             "accounts": {self.account.id: account},
@@ -1788,7 +1455,6 @@ class JMAPServer:
     # Requests
 
     def _serve(self, sock: socket.socket, _address: object) -> None:
-        self.connections += 1
         with suppress(OSError):
             if self._ssl_context:
                 sock = self._ssl_context.wrap_socket(sock, server_side=True)
@@ -1805,20 +1471,14 @@ class JMAPServer:
         if request is None:
             return False
         fault = self._note_request(request)
-        if self.options.latency:
-            gevent.sleep(self.options.latency)
-        started = time.monotonic()
+        gevent.sleep(self.options.latency)
         works = fault.work or not fault.replaces_work
         reply = self._work(request, fault) if works else Reply(200)
-        request.worked = time.monotonic() - started
         if fault.after:
             fault.after()
         gevent.sleep(fault.delay)
-        if fault.hang:
-            connection.wait_for_end()
-            return False
-        if fault.drop:
-            connection.abort()
+        if fault.hang or fault.drop:
+            (connection.wait_for_end if fault.hang else connection.abort)()
             return False
         if fault.replaces_work:
             reply = Reply(fault.status or 200, fault.body or b"")
@@ -1858,6 +1518,9 @@ class JMAPServer:
             return Reply(302, headers={"Location": self._url(SESSION_PATH)})
         if not self._is_authorized(request):
             return Reply(401, headers={"WWW-Authenticate": 'Bearer realm="jmap"'})
+        is_json = request.headers.get("content-type", "").partition(";")[0] == "application/json"
+        if kind == "api" and not is_json:
+            return Reply(415)
         if kind == "other":
             return Reply(404)
         if request.method != ("POST" if kind in ("api", "upload") else "GET"):
@@ -1865,8 +1528,6 @@ class JMAPServer:
         if kind in ("stream", "upload"):
             return self._event_source(request) if kind == "stream" else self._upload(request)
         answer = self._api(request, fault) if kind == "api" else self.session()
-        if isinstance(answer, Reply):
-            return answer
         return Reply.of_json(fault.edit(answer) if fault.edit else answer)
 
     def _is_authorized(self, request: Request) -> bool:
@@ -1875,21 +1536,17 @@ class JMAPServer:
         accepted = (f"Bearer {self.options.token}", f"Basic {basic}")
         return request.headers.get("authorization") in accepted
 
-    def _api(self, request: Request, fault: Fault) -> JSON | Reply:
-        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            return Reply(415)
-        if request.size > self.limit("maxSizeRequest"):
-            raise ProblemError("limit", limit="maxSizeRequest")
-        if self._busy > self.limit("maxConcurrentRequests"):
-            raise ProblemError("limit", limit="maxConcurrentRequests")
+    def _api(self, request: Request, fault: Fault) -> JSON:
+        used = {"maxSizeRequest": request.size, "maxConcurrentRequests": self._busy}
+        for name, number in used.items():
+            if number > self.limit(name):
+                raise ProblemError("limit", limit=name)
         if request.json is None:
             raise ProblemError("notJSON", "the body is no JSON")
         return Run(self, request.json, fault).answer()
 
     def _upload(self, request: Request) -> Reply:
         """RFC 8620 section 6.1."""
-        if request.size > self.limit("maxSizeUpload"):
-            raise ProblemError("limit", limit="maxSizeUpload")
         blob_id = f"G{len(self.account.blobs)}"
         self.account.blobs[blob_id] = request.body
         told: JSON = {"accountId": self.account.id, "blobId": blob_id, "size": request.size}
@@ -1901,4 +1558,6 @@ class JMAPServer:
         accepted = request.headers.get("accept", "*/*")
         if "text/event-stream" not in accepted and "*/*" not in accepted:
             return Reply(406)
-        return Stream(self, request).reply()
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        headers |= {"Transfer-Encoding": "chunked"} if self.options.chunked else {}
+        return Reply(200, headers=headers, takes_over=Stream(self, request).run)
