@@ -32,10 +32,11 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forms_of(secret: str, *users: str) -> set[str]:
-    """The ways in which programs write a secret."""
+    """The ways in which programs write a secret, base64 at any offset among them."""
     plain = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], secret}
     plain |= {quote(secret), quote(secret, ""), quote_plus(secret), repr(secret)[1:-1]}
-    return plain | {b64encode(f"{user}:{secret}".encode()).decode() for user in users}
+    befores = ["", "x", "xx", *(f"{user}:" for user in users)]
+    return plain | {b64encode(f"{before}{secret}".encode()).decode() for before in befores}
 
 
 def leaks(*texts: str) -> list[str]:
@@ -75,23 +76,21 @@ def written(server: JMAPServer, fault: Fault | None = None, **settings: Any) -> 
 @pytest.mark.parametrize(("username", "log_format"), [(USER, "json"), ("", "text")])
 def test_no_echo_of_a_jmap_server_is_written(username: str, log_format: str) -> None:
     settings: JSON = {"jmap_token": TOKEN, "jmap_username": username, "log_format": log_format}
-    for form in sorted(forms_of(TOKEN, username))[::2]:
-        for fault in jmap_echoes(form):
-            options = Options(token=TOKEN, username=USER)
-            with JMAPServer.with_mailroom_account(options) as server:
-                assert not leaks(*written(server, fault, **settings))
+    for fault in jmap_echoes(" ".join(sorted(forms_of(TOKEN, username)))):
+        with JMAPServer.with_mailroom_account(Options(token=TOKEN, username=USER)) as server:
+            assert not leaks(*written(server, fault, **settings))
 
 
 def test_no_echo_of_a_carddav_server_is_written() -> None:
     settings = {"carddav_username": DAV_USER, "carddav_password": PASSWORD, "jmap_token": TOKEN}
     server = JMAPServer.with_mailroom_account(Options(token=TOKEN, push=None))
     with server, Peer(at_once()) as peer:
-        for form in sorted(forms_of(PASSWORD, DAV_USER)):
-            dav = f"<D:multistatus xmlns:D='DAV:'><D:{quote(form, '')}>{form}".encode()
-            for head, body in (("500 " + form, problem(form)), ("403 No", b""), ("207 OK", dav)):
-                echo = f"HTTP/1.1 {head}\r\nWWW-Authenticate: {form}\r\n\r\n".encode()
-                peer.talk = at_once(echo, body)
-                assert not leaks(*written(server, None, carddav_url=peer.url, **settings))
+        said = " ".join(sorted(forms_of(PASSWORD, DAV_USER)))
+        dav = f"<D:multistatus xmlns:D='DAV:'><D:{quote(said, '')}>{said}".encode()
+        for head, body in (("500 " + said, problem(said)), ("403 No", b""), ("207 OK", dav)):
+            echo = f"HTTP/1.1 {head}\r\nWWW-Authenticate: {said}\r\n\r\n".encode()
+            peer.talk = at_once(echo, body)
+            assert not leaks(*written(server, None, carddav_url=peer.url, **settings))
     assert b"Authorization: Basic " in peer.heads[0]
 
 
@@ -107,7 +106,7 @@ def test_no_half_of_a_secret_is_left_where_a_text_is_cut(where: int) -> None:
     assert (ran.status, "secret" in ran.err.replace("[secret]", "")) == (1, False)
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [302, 307])
 @pytest.mark.parametrize("when", ["session", "api", "stream"])
 def test_no_redirect_takes_the_token_to_another_host(when: str, status: int) -> None:
     """Another port is another host."""
@@ -201,8 +200,6 @@ def test_nobody_forges_a_line_or_commands_a_terminal(log_format: str) -> None:
         log = written(server, log_format=log_format)[0]
     assert log.count("sender triaged") > len(HOSTILE)
     assert_honest(log, log_format)
-    for name in HOSTILE:
-        said = name.encode("latin-1", "ignore").decode("latin-1")
-        for fault in jmap_echoes(said):
-            with JMAPServer.with_mailroom_account() as server:
-                assert_honest(written(server, fault, log_format=log_format)[0], log_format)
+    for fault in jmap_echoes("".join(HOSTILE).encode("latin-1", "ignore").decode("latin-1")):
+        with JMAPServer.with_mailroom_account() as server:
+            assert_honest(written(server, fault, log_format=log_format)[0], log_format)

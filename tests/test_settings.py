@@ -54,7 +54,7 @@ def problems(**keywords: Any) -> list[str]:
     return list(caught.value.problems)
 
 
-def test_the_defaults() -> None:
+def test_the_defaults(environment: pytest.MonkeyPatch) -> None:
     settings = MailroomSettings()
     assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
     assert settings.jmap_token == TOKEN
@@ -69,9 +69,6 @@ def test_the_defaults() -> None:
     assert [row[4] for row in rows] == ["", "", "", "", "Imbox", "Paper Trail", "Paper Trail"]
     assert [each.name for each in settings.triage_categories if each.add_to_inbox] == ["Imbox"]
     assert [e.name for e in settings.triage_categories if e.contact_type == "person"] == ["Person"]
-
-
-def test_on_a_terminal_the_log_is_for_people(environment: pytest.MonkeyPatch) -> None:
     environment.setattr(sys.stderr, "isatty", lambda: True)
     assert MailroomSettings().log_format == "text"
 
@@ -101,50 +98,49 @@ def test_an_unknown_keyword_is_a_type_error() -> None:
         MailroomSettings(pol_interval=5)
 
 
-@pytest.mark.parametrize("content", [f"{TOKEN}2", f"{TOKEN}2\n", f"\ufeff {TOKEN}2\r\n"])
-def test_a_secret_in_a_file(content: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(content, encoding="utf-8")
+@pytest.fixture
+def file(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file that the token is to be in."""
     environment.delenv("MAILROOM_JMAP_TOKEN")
     environment.setenv("MAILROOM_JMAP_TOKEN_FILE", str(tmp_path / "token"))
+    return tmp_path / "token"
+
+
+@pytest.mark.parametrize("content", [TOKEN, f"\ufeff {TOKEN}\r\n"])
+def test_a_secret_in_a_file(content: str, file: Path) -> None:
+    file.write_text(content, encoding="utf-8")
     settings = MailroomSettings()
-    assert settings.jmap_token == f"{TOKEN}2"
+    assert settings.jmap_token == TOKEN
     assert HUSH not in repr(settings)
-    assert HUSH not in settings.redact(f"Authorization: Bearer {TOKEN}2")
+    assert HUSH not in settings.redact(f"Authorization: Bearer {TOKEN}")
+
+
+def make_unreadable(file: Path) -> None:
+    """For root too, who is somebody else from now on."""
+    file.touch(0)
+    os.seteuid(os.geteuid() or 65534)
 
 
 BAD_FILES: dict[str, tuple[Any, str]] = {
-    "missing": (lambda path: None, "No such file"),
+    "missing": (str, "No such file"),
     "a directory": (Path.mkdir, "directory"),
-    "empty": (lambda path: path.write_text(" \n"), "the file is empty"),
-    "UTF-16": (lambda path: path.write_text(TOKEN, encoding="utf-16"), "'utf-8' codec"),
-    "quoted": (lambda path: path.write_text(f'"{TOKEN}"'), "quotes"),
+    "empty": (lambda file: file.write_text(" \n"), "empty"),
+    "UTF-16": (lambda file: file.write_text(TOKEN, encoding="utf-16"), "'utf-8' codec"),
+    "quoted": (lambda file: file.write_text(f'"{TOKEN}"'), "quotes"),
+    "another user's": (make_unreadable, "Permission denied"),
 }
 
 
 @pytest.mark.parametrize(("make", "reason"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file(
-    make: Any, reason: str, environment: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tmp_path / "token"
-    make(path)
-    environment.setenv("MAILROOM_JMAP_TOKEN_FILE", str(path))
-    [line] = problems()
-    assert "MAILROOM_JMAP_TOKEN" in line
-    assert str(path) in line
-    assert reason in line
-
-
-def test_a_file_of_another_user(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(TOKEN)
-    (tmp_path / "token").chmod(0)
-    environment.setenv("MAILROOM_JMAP_TOKEN_FILE", str(tmp_path / "token"))
+def test_a_bad_file(make: Any, reason: str, file: Path) -> None:
     user = os.geteuid()
-    if not user:
-        os.seteuid(65534)
+    make(file)
     try:
-        assert "Permission denied" in problems()[0]
+        [line] = problems()
     finally:
         os.seteuid(user)
+    for part in ("MAILROOM_JMAP_TOKEN", str(file), reason):
+        assert part in line
 
 
 BAD = [
@@ -179,13 +175,9 @@ BAD = [
 @pytest.mark.parametrize(("name", "value", "said"), BAD)
 def test_a_bad_setting(name: str, value: str, said: str, environment: pytest.MonkeyPatch) -> None:
     environment.setenv(f"MAILROOM_{name.upper()}", value)
-    lines = problems()
-    assert any("MAILROOM_" in line and said in line for line in lines), lines
-    if (
-        said != "taken"
-        and HUSH not in value
-        and name not in ("carddav_username", "triage_categories")
-    ):
+    lines = [line for line in problems() if "MAILROOM_" in line and said in line]
+    assert lines
+    if HUSH not in value and said not in ("taken", "MAILROOM_CARDDAV_PASSWORD", "line 1 column 9"):
         assert any(repr(value) in line or value in line for line in lines)
 
 
@@ -221,12 +213,6 @@ def test_categories_that_are_rejected(
     assert any(said in line for line in problems(triage_categories=entries))
     environment.setenv("MAILROOM_TRIAGE_CATEGORIES", json.dumps(entries))
     assert any(said in line for line in problems())
-
-
-def test_what_categories_may_share() -> None:
-    entries = ["A", {"name": "B", "parent": "A", "contact_group": "A", "destination_mailbox": "A"}]
-    a, b = MailroomSettings(triage_categories=entries).triage_categories
-    assert (a.contact_group, b.contact_group, b.destination_mailbox) == ("A", "A", "A")
 
 
 def test_a_mistyped_variable_is_warned_of_with_the_nearest_name(

@@ -70,7 +70,7 @@ def test_what_lacks_is_told_first_and_nothing_is_changed(home: EmbeddedHome) -> 
     first, *_, last_but_one, last = ran.out.splitlines()
     assert first == f"{home.mail.session_url}; push: yes"
     assert last_but_one.startswith('there    mailbox "Feed"')
-    assert last == "Nothing has been changed. Next: python mailroom.py setup --apply"
+    assert last.endswith("Next: python mailroom.py setup --apply")
 
 
 def test_what_is_missing_is_made_in_a_request_for_each_kind(home: EmbeddedHome) -> None:
@@ -128,41 +128,25 @@ def test_names_that_are_shared_nested_or_nearly_there(home: EmbeddedHome) -> Non
 # When it fails ####################################################################################
 
 
-UNFIT: list[tuple[JSON, str]] = [
-    ({"read_only": True}, "the token may only read mail"),
-    ({"has_contacts": False}, "the token may not read and write contacts"),
-    ({"has_mail": False}, "the token gives no access to mail"),
-    ({"token": "another"}, "HTTP 401.*Manage API tokens, scopes Email and Contacts"),
-]
-
-
-@pytest.mark.parametrize(("change", "said"), UNFIT)
-def test_an_account_that_does_not_do(change: JSON, said: str, one_home: EmbeddedHome) -> None:
-    given = dict(one_home.settings)
-    vars(one_home.mail.options).update(change)
-    ran = command(*APPLY, **given)
-    assert (ran.status, ran.out, one_home.mail.writes) == (2, "", [])
-    assert re.fullmatch(f"mailroom: .*{said}.*\n", ran.err)
-
-
-def test_what_cannot_be_reached_is_one_line(one_home: EmbeddedHome) -> None:
-    """And another run is advised only where it helps."""
+def test_what_cannot_be_reached_or_does_not_do_is_one_line(one_home: EmbeddedHome) -> None:
+    """And another run is advised only where it helps. Other accounts that do not do are in
+    test_triage.py."""
     away = f"http://127.0.0.1:{free_port()}"
     dav = {"carddav_url": away, "carddav_username": "a", "carddav_password": "pass-word"}
-    cases: list[tuple[JSON, Fault, str]] = [
-        ({"jmap_url": away}, Fault("other"), "cannot be reached: .*refused"),
-        (dav, Fault("other"), f"{away}.* cannot be reached"),
-        ({}, Fault("session", status=404), "HTTP 404; check MAILROOM_JMAP_URL"),
-        ({}, Fault("session", body=b"<html>"), "malformed reply.*check MAILROOM_JMAP_URL"),
+    cases: list[tuple[JSON, Fault, int, str]] = [
+        ({"jmap_url": away}, Fault("other"), 1, "cannot be reached: .*refused"),
+        (dav, Fault("other"), 1, f"{away}.* cannot be reached"),
+        ({}, Fault("session", status=404), 1, "HTTP 404; check MAILROOM_JMAP_URL"),
+        ({}, Fault("session", body=b"<html>"), 1, "malformed reply.*check MAILROOM_JMAP_URL"),
+        ({}, Fault("session", status=401), 2, "HTTP 401.*Manage API tokens"),
+        ({"poll_interval": "soon"}, Fault("other"), 2, "MAILROOM_POLL_INTERVAL"),
     ]
-    for changes, fault, said in cases:
+    for changes, fault, status, said in cases:
         one_home.mail.faults = [fault]
         ran = command(*APPLY, **{**one_home.settings, **changes})
-        assert (ran.status, ran.out) == (1, "")
-        assert re.search(said, ran.err), ran.err
-        assert (len(ran.err.splitlines()), AGAIN in ran.err) == (1, False)
-    ran = command("setup", jmap_token="", poll_interval="soon")
-    assert (ran.status, ran.out, len(ran.err.splitlines())) == (2, "", 2)
+        assert (ran.status, ran.out, one_home.mail.writes) == (status, "", [])
+        assert re.fullmatch(f"mailroom: .*{said}.*\n", ran.err), ran.err
+        assert AGAIN not in ran.err
 
 
 def test_a_thing_that_is_refused_is_told_and_the_rest_is_made(one_home: EmbeddedHome) -> None:
@@ -198,7 +182,7 @@ def test_what_was_made_before_it_failed_is_told(
 
 
 @two_stores
-@pytest.mark.parametrize("what", ["killed after", "lost", "reply lost"])
+@pytest.mark.parametrize("what", ["killed after", "reply lost"])
 def test_stopped_at_each_write_it_is_finished_by_the_next(home: EmbeddedHome, what: str) -> None:
     empty = home.save()
     for nth in range(1, 5):
@@ -215,22 +199,19 @@ def test_stopped_at_each_write_it_is_finished_by_the_next(home: EmbeddedHome, wh
 
 
 def test_no_file_is_overwritten(one_home: EmbeddedHome, tmp_path: Path) -> None:
+    """And a mailbox is named by its path."""
     file = tmp_path / "rules.json"
-    assert run(one_home, *APPLY).status == 0
-    assert run(one_home, *RULES, str(file)).status == 0
-    before = file.read_text()
-    ran = run(one_home, *RULES, str(file))
-    assert (ran.status, file.read_text()) == (2, before)
-    assert ran.err == f"mailroom: --fastmail-rules {str(file)!r}: File exists\n"
-    file.unlink()
-    one_home.account.remove_mailbox("Jail")
     one_home.account.add_mailbox("Away")
     one_home.account.add_mailbox("Jail", parent="Away")
+    assert run(one_home, *APPLY).status == 0
     ran = run(one_home, *RULES, str(file))
     assert (ran.status, f"{file}: import it" in ran.out) == (0, True)
-    assert json.loads(file.read_text())[3]["fileIn"] == "Away/Jail"
-    ran = run(one_home, *RULES, "/nowhere/rules")
-    assert (ran.status, "'/nowhere/rules': No such file or directory\n" in ran.err) == (2, True)
+    before = file.read_text()
+    assert json.loads(before)[3]["fileIn"] == "Away/Jail"
+    for bad, said in ((str(file), "File exists"), ("/nowhere/rules", "No such file")):
+        ran = run(one_home, *RULES, bad)
+        assert (ran.status, f"--fastmail-rules {bad!r}: {said}" in ran.err) == (2, True)
+    assert file.read_text() == before
     assert run(one_home, *APPLY, *RULES[1:], "-").status == 2
 
 
@@ -246,12 +227,14 @@ def test_the_rules_are_as_in_an_export(one_home: EmbeddedHome) -> None:
     for rule in rules:
         assert " ".join(sorted(rule)) == exported
         assert (rule["combinator"], rule["conditions"], rule["stop"]) == ("all", None, False)
-        assert rule["name"].startswith("Mailroom: ")
         assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", rule["created"])
     names = ["Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck"]
     shown = [(rule["search"], rule["fileIn"], rule["skipInbox"]) for rule in rules]
     assert shown[:-1] == [(f'fromin:"{name}"', name, name != "Imbox") for name in names]
     assert shown[-1] == ("NOT fromin:contacts", "Screener", True)
+    one_home.changes["triage_categories"] = [{"name": "Feed", "mark_read": True}, "Jail"]
+    rules = json.loads(run(one_home, *RULES, "-").out)
+    assert [rule["markRead"] for rule in rules] == [True, False, False]
 
 
 def matches(search: str, groups: Collection[str], is_contact: bool) -> bool:
@@ -297,10 +280,7 @@ def trees(draw: Any) -> list[JSON]:
     return entries
 
 
-THOROUGH = settings(max_examples=40, deadline=None, suppress_health_check=[*HealthCheck])
-
-
-@THOROUGH
+@settings(max_examples=25, deadline=None, suppress_health_check=[*HealthCheck])
 @given(trees() | st.just(None))
 def test_messages_to_come_go_where_triage_puts_them(entries: Any) -> None:
     """Of senders in a group that several categories have nobody can tell which is meant: their
