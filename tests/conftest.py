@@ -2,6 +2,7 @@
 
 import mailroom  # noqa: F401, I001  (its import is the monkey patch)
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -13,6 +14,9 @@ from tools import COUNTS
 pytest.register_assert_rewrite("homes")
 
 from homes import STORES, EmbeddedHome, embedded_home  # noqa: E402  (rewritten from here on)
+
+# To load the system's certificates takes longer than a triage; no test leaves this machine.
+os.environ["SSL_CERT_FILE"] = os.devnull
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,18 +4,23 @@ servers that tell things in other ways. On the embedded server, Radicale and Cyr
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import vobject  # type: ignore[import-untyped]
 from books import DAVBook, JMAPBook, cyrus_book, radicale_book
 from cyrus_server import CyrusServer
 from fault_proxy import FaultProxy
 from homes import EmbeddedHome, contacts, furnished, members, once, put, run, tap_new, uid_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jmap_server import Fault, Reply, Request
 from radicale_server import RadicaleServer
 from tools import SERVERS, new_triage
 
-from mailroom import MailroomSettings, Triage
+from mailroom import MailroomError, MailroomSettings, Triage
 
 JANE = "jane@x.example"
 PLAIN = "c0ffee00-0000-4000-8000-00000000000a"
@@ -132,7 +137,111 @@ def test_a_contact_card_that_cannot_be_understood(jmap: EmbeddedHome, what: str)
     check_odd(jmap, "the card")
 
 
+# What is written, byte for byte
+
+HOSTILE = {
+    # a display name: the name of the contact, if it is another
+    "Bob\r\nEMAIL:eve@x.example": "Bob EMAIL:eve@x.example",
+    "Bob\r\n EMAIL:eve@x.example": "Bob EMAIL:eve@x.example",
+    "Bob\rEMAIL:eve@x.example": "Bob EMAIL:eve@x.example",
+    "A\u2028E:e@x\u2029E:e@x\u0085E:e@x\x0b\x0c\x1c\x1dE:e@x": "A E:e@x E:e@x E:e@x E:e@x",
+    "Bob\nEND:VCARD\nBEGIN:VCARD\nUID:eve": "Bob END:VCARD BEGIN:VCARD UID:eve",
+    "END:VCARD": "",
+    "B\\ob; \\n, \\, x": "",
+    "Bob;Eve;;;": "",
+    "item1.EMAIL:eve@x.example": "",
+    'Bob" <b>;X="': "",
+    "B\u00f6b \U0001f469\u200d\U0001f469\u200d\U0001f467": "",
+    "\U0001f469" * 200: "",
+    "Bob Smith": "",
+    " \t ": "@",
+}
+
+
+def written(between: FaultProxy) -> list[str]:
+    """The bodies of the PUT requests since the proxy's `requests` were cleared."""
+    return [request.body.decode() for request in between.requests if request.method == "PUT"]
+
+
+@pytest.mark.parametrize("label", ["@ToFeed", "@ToPerson"])
+def test_a_display_name_forges_nothing(dav: EmbeddedHome, between: FaultProxy, label: str) -> None:
+    """And the card is known again for one that nobody has touched."""
+    before = dav.book.seen().keys()
+    for n, name in enumerate(HOSTILE):
+        sender = [{"name": name, "email": f"N{n}@x.example"}]
+        dav.account.deliver(sender, ["Screener", label], subject=f"{n}")
+    between.requests.clear()
+    once(dav)
+    firm = ["ORG", "X-ABSHOWAS"] if label == "@ToFeed" else []
+    fields = ["BEGIN", "VERSION", "PRODID", "UID", "FN", "N", *firm, "EMAIL", "NOTE", "END", ""]
+    texts = [text for text in written(between) if "EMAIL" in text]
+    assert len(texts) == len(HOSTILE)
+    for text in texts:
+        assert {*re.findall("[\x00-\x1f\x7f\u2028]", text)} == {"\r", "\n"}
+        assert max(len(line.encode()) for line in text.split("\r\n")) <= 75
+        assert [re.split("[:;]", line)[0] for line in re.split("\r\n(?! )", text)] == fields
+        [card] = vobject.readComponents(text)
+        name, wanted = [*HOSTILE.items()][int(card.email.value[1:].partition("@")[0])]
+        wanted = card.email.value.lower() if wanted == "@" else wanted or name
+        assert card.fn.value.lower() == wanted.lower()
+        assert re.fullmatch(r'Created by Mailroom on [-\d]{10} as ".*"', card.note.value)
+        assert card.org.value == [card.fn.value] if firm else not hasattr(card, "org")
+        parts = f"{card.n.value.given} {card.n.value.family}".strip()
+        assert parts == ("" if firm else card.fn.value)
+        assert "\r\nEMAIL;TYPE=INTERNET:N" in text
+    for mail in dav.account.mails_in("Feed" if firm else "Person"):
+        dav.account.label(mail, "@ToScreener")
+    once(dav)
+    assert dav.book.seen().keys() == before
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])
+@pytest.mark.parametrize("kind", ["KIND", "X-ADDRESSBOOKSERVER-KIND"])
+def test_an_edit_of_a_group_keeps_all_other_lines(
+    dav: EmbeddedHome, between: FaultProxy, kind: str, ending: str
+) -> None:
+    """However odd they are, and however they end."""
+    put(dav, f"UID:{PLAIN}", "FN:Jane", MAIL)
+    url = f"{dav.book.url}{uid_of(dav, 'Feed')}.vcf"
+    [head] = [line for line in dav.book.get(url).split("\r\n") if line.startswith("UID")]
+    member = kind.replace("KIND", "MEMBER")
+    odd = ["note:a\\, b;c\\n", 'NOTE;X="a:b":x', " folded", "\tonce more", "item1.TEL:1", "rubbish"]
+    odd += [
+        "X-Y;ENCODING=QUOTED-PRINTABLE:=4A=",
+        "=C3=B6",
+        f"item7.{member}:urn:uuid:else",
+        "X:END",
+    ]
+    lines = ["BEGIN:VCARD", "VERSION:3.0", head, *odd, f"{kind}:group", "FN:Feed", "END:VCARD", ""]
+    there = ending.join(lines)
+
+    def edit(_: Request, reply: Reply) -> None:
+        assert isinstance(reply.body, bytes)
+        shown = there.replace("&", "&amp;").replace("\r", "&#13;").encode()
+        card = b"(?s)BEGIN:VCARD(?:(?!END:).)*FN:Feed.*?END:VCARD[^<]*"
+        reply.body = re.sub(card, lambda _: shown, reply.body)
+
+    between.edit_reply = edit
+    takes = Fault(lambda request: b"rubbish" in request.body, status=204)  # Radicale would not
+    between.faults.append(takes)
+    between.requests.clear()
+    tap_new(dav)
+    once(dav)
+    [text] = written(between)
+    assert text.count("\r\n") in (0, text.count("\n"))
+    kept = [line for line in re.split("\r?\n", text) if PLAIN not in line]
+    assert kept == lines
+    assert f"{member}:" in text.partition(PLAIN)[0].splitlines()[-1]
+
+
 # Who is in a group, when two addresses are one, what a name is
+
+
+def put_feed(home: EmbeddedHome, *lines: str, version: str) -> str:
+    """Another card for the group Feed; its URL."""
+    home.book.ask("DELETE", f"{home.book.url}{uid_of(home, 'Feed')}.vcf")
+    kind = "KIND:group" if version == "4.0" else "X-ADDRESSBOOKSERVER-KIND:group"
+    return put(home, "UID:feed", "FN:Feed", "N:Feed;;;;", kind, *lines, version=version)
 
 
 @pytest.mark.parametrize("version", ["3.0", "4.0"])
@@ -141,10 +250,7 @@ def test_a_contact_card_that_cannot_be_understood(jmap: EmbeddedHome, what: str)
 )
 def test_the_line_of_a_member(dav: EmbeddedHome, uid: str, version: str) -> None:
     """And nothing but lines of members is touched."""
-    feed = f"{dav.book.url}{uid_of(dav, 'Feed')}.vcf"
-    dav.book.ask("DELETE", feed)
-    kind = "KIND:group" if version == "4.0" else "X-ADDRESSBOOKSERVER-KIND:group"
-    url = put(dav, "UID:feed", "FN:Feed", "N:Feed;;;;", "NOTE:a\\, b;c", kind, version=version)
+    url = put_feed(dav, "NOTE:a\\, b;c", version=version)
     put(dav, f"UID:{uid}", "FN:Jane", MAIL)
     before = dav.book.get(url).split("\r\n")
     tap_new(dav)
@@ -160,9 +266,7 @@ def test_the_line_of_a_member(dav: EmbeddedHome, uid: str, version: str) -> None
 @pytest.mark.parametrize("member", [f"urn:uuid:{PLAIN.upper()}", f"mailto:{JANE}", PLAIN])
 @pytest.mark.parametrize("how", ["@ToJail", "@ToScreener", "reset"])
 def test_a_group_is_left_by_whatever_line_says_it(dav: EmbeddedHome, member: str, how: str) -> None:
-    dav.book.ask("DELETE", f"{dav.book.url}{uid_of(dav, 'Feed')}.vcf")
-    lines = ["KIND:group", "MEMBER:urn:uuid:other", f"MEMBER:{member}"]
-    url = put(dav, "UID:feed", "FN:Feed", "N:Feed;;;;", *lines, version="4.0")
+    url = put_feed(dav, "MEMBER:urn:uuid:other", f"MEMBER:{member}", version="4.0")
     put(dav, f"UID:{PLAIN}", "FN:Jane", MAIL)
     if how == "reset":
         assert run(dav, "reset", "--apply", "--yes").status == 0
@@ -178,6 +282,9 @@ def test_a_group_is_left_by_whatever_line_says_it(dav: EmbeddedHome, member: str
     [
         (["FN:Jane", "EMAIL:mailto:Jane@X.example"], f"Jane <{JANE}>"),
         (["FN:Bob", "EMAIL;TYPE=WORK:bob@müller.example"], "Bob <bob@xn--mller-kva.example>"),
+        (["FN:Jane", "item1.EMAIL;PREF=1:other@x.example", f"email:{JANE} "], f"Jane <{JANE}>"),
+        (["FN:Jane", 'EMAIL;X="a;b:c":jane@x.ex', " ample"], f"Jane <{JANE}>"),
+        (["FN:Jane", "EMAIL;ENCODING=QUOTED-PRINTABLE:jane=40x.example"], f"Jane <{JANE}>"),
         (["FN;CHARSET=UTF-8;ENCODING=QUOTED-PRINTABLE:=4A=\n=C3=B6rg", MAIL], f"Jörg <{JANE}>"),
     ],
 )
@@ -192,6 +299,17 @@ def test_a_contact_is_found_and_named_alike(
     assert len(dav.book.seen()) == before
     assert members(dav, "Feed") == {PLAIN}
     assert dav.where()[mail] == {"Feed"}, "the warning label is for another name"
+
+
+def test_a_contact_is_not_found_by_what_is_no_address_of_hers(
+    dav: EmbeddedHome, between: FaultProxy
+) -> None:
+    lines = ["FN:Jane", f"NOTE:{MAIL}", f"X-{MAIL}", f"{MAIL}\u00a0", f"{MAIL}\u3000", "EMAIL:jane"]
+    put(dav, f"UID:{PLAIN}", "FN:Odd", "EMAIL:odd@x.example")
+    between.edit_reply = swap("FN:Odd", "\n".join(lines))
+    tap_new(dav)
+    once(dav)
+    assert members(dav, "Feed") == {*contacts(dav)} - {PLAIN} != set()
 
 
 # Several address books
@@ -328,10 +446,58 @@ def test_the_mirror_is_up_to_date(dav: EmbeddedHome, between: FaultProxy, what: 
         dav.book.remove(uid)
 
 
+ANY_REPLY = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@ANY_REPLY
+@given(st.integers(0, 2**32).map(Random), st.integers(1, 5))
+def test_a_multistatus_of_any_shape_is_an_answer_or_an_error(
+    dav: EmbeddedHome, between: FaultProxy, random: Random, nth: int
+) -> None:
+    """With something left out, doubled, renamed, emptied or cut off; and it passes."""
+    start = len(between.requests)
+
+    def edit(request: Request, reply: Reply) -> None:
+        if len(between.requests) - start == nth and reply.status == 207:
+            reply.body = mangled(reply.body, random)
+
+    between.edit_reply = edit
+    mail = tap_new(dav, sender=f"S <s{start}@x.example>")
+    triage = triage_of(dav)
+    told = ""
+    try:
+        triage.run()
+    except MailroomError as error:
+        told = str(error)
+    assert len(told.splitlines()) <= 1
+    between.edit_reply = lambda *_: None
+    assert triage_of(dav).run() == {}
+    assert dav.where()[mail] == {"Feed"}
+
+
+def mangled(body: Any, random: Random) -> bytes:
+    root = ElementTree.fromstring(body)  # noqa: S314  (from the server we started)
+    for _ in range(random.randrange(1, 5)):
+        parent = random.choice([each for each in root.iter() if len(each)] or [root])
+        child = random.choice([*parent] or [root])
+        kind = random.randrange(4)
+        if kind == 0 and child in [*parent]:
+            parent.remove(child)
+        elif kind == 1:
+            child.tag = random.choice([each.tag for each in root.iter()])
+        elif kind == 2:
+            child.text = random.choice(["", "http://[", "//evil.example/", "BEGIN:VCARD"])
+        else:
+            child.clear()
+    text = ElementTree.tostring(root)
+    return text[: random.randrange(len(text))] if random.randrange(9) == 0 else text
+
+
 def test_photos_are_read_in_portions_and_let_go(dav: EmbeddedHome, between: FaultProxy) -> None:
     photo = "PHOTO;ENCODING=b;TYPE=JPEG:" + "A" * 133_000
     for n in range(60):
-        dav.book.put(f"p{n}.vcf", f"UID:p{n}", f"FN:P {n}", f"EMAIL:p{n}@x.example", photo)
+        dav.book.put(f"p{n}.vcf", f"UID:p{n}", f"FN:P {n}", f"EMAIL:p{n}@x.example")
+    between.edit_reply = swap("FN:P", f"{photo}\nFN:P")
     tap_new(dav, sender="P <p59@x.example>")
     between.requests.clear()
     once(dav)

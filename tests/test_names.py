@@ -81,15 +81,15 @@ def test_the_session_of_a_host_an_origin_or_a_url(given: str, url: str) -> None:
     assert responses.calls[0].request.headers["Authorization"] == "Bearer token"
 
 
-RELATIVE = [
-    ("/event/?types={types}", f"{HOST}/event/?types={{types}}"),
-    ("../event/", f"{HOST}/event/"),
-    ("http://127.0.0.1:1/event", "http://127.0.0.1:1/event"),
-]
+RELATIVE = {
+    "/event/?types={types}": f"{HOST}/event/?types={{types}}",
+    "../event/": f"{HOST}/event/",
+    "http://127.0.0.1:1/event": "http://127.0.0.1:1/event",
+}
 
 
 @pytest.mark.parametrize("origin", ["", "http://mail.example", HOST + ":443"])
-@pytest.mark.parametrize(("named", "resolved"), RELATIVE)
+@pytest.mark.parametrize(("named", "resolved"), RELATIVE.items())
 @responses.activate
 def test_urls_are_relative_to_the_session(named: str, resolved: str, origin: str) -> None:
     """A server behind a TLS proxy may redirect to http, and gets https."""
@@ -149,7 +149,8 @@ def test_no_secret_goes_to_a_plain_url(url: str) -> None:
     assert not responses.calls
 
 
-def test_tls_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_tls_is_verified(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "certificate.pem"
     make = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {path}.key -out {path} -subj /CN=x"
     subprocess.run([*make.split(), "-addext", "subjectAltName=IP:127.0.0.1"], check=True)
@@ -157,7 +158,7 @@ def test_tls_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     context.load_cert_chain(path, f"{path}.key")
     with JMAPServer(ssl_context=context) as server:
         assert "certificate" in failure(server.session_url, ServerError)
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(path))
+        monkeypatch.setenv(variable, str(path))
         assert connected(TOKEN, server.session_url).account_id == server.account.id
 
 

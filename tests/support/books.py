@@ -1,17 +1,16 @@
 """Address books for tests: on the embedded JMAP server, on Radicale and on Cyrus, each with the way
 of the user's phone to its cards, and a mail account beside it. Uids are without `urn:uuid:`."""
 
-import urllib.parse
 import uuid
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import requests
 import vobject  # type: ignore[import-untyped]
 from cyrus_server import CyrusServer
 from jmap_server import JMAPServer, Options
 from radicale_server import RadicaleServer
+from real_server import http_session, vcards
 
 CATEGORIES = (
     "Imbox",
@@ -21,8 +20,6 @@ CATEGORIES = (
 )
 GROUPS = ("Imbox", "Person", "Feed", "Jail", "Mailroom")
 PHONE = "+1 555 0100"
-LIST_ALL = """<C:addressbook-query xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav">
-<D:prop><C:address-data/></D:prop><C:filter/></C:addressbook-query>"""
 V4_TYPE = {"Accept": "text/vcard; version=4.0"}
 
 
@@ -41,30 +38,9 @@ class Seen(NamedTuple):
     phones: frozenset[str] = frozenset()
 
 
-class Book(Protocol):
-    """An address book with the way of the user's phone to it, and the settings for it."""
-
-    mail: JMAPServer
-    settings: dict[str, Any]
-
-    def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
-        """A contact; its uid."""
-
-    def add_group(self, name: str, *members: str) -> str:
-        """A group; its uid."""
-
-    def meddle(self, uid: str) -> None:
-        """Someone else gives a card a telephone number."""
-
-    def remove(self, uid: str) -> None:
-        """Someone else deletes a card."""
-
-    def seen(self) -> dict[str, Seen]:
-        """All cards by their uids."""
-
-
 class JMAPBook:
-    """In an account of the embedded server."""
+    """In an account of the embedded server, with the way of the user's phone to it: `add` and
+    `add_group` return the uid, and by `meddle` someone else gives a card a telephone number."""
 
     def __init__(self, options: Options) -> None:
         self.mail = JMAPServer.with_mailroom_account(options, GROUPS[:-1])
@@ -108,15 +84,15 @@ class JMAPBook:
 
 
 class DAVBook:
-    """On a CardDAV server. `version_4`: the groups in it are vCards 4.0, else of the Apple kind."""
+    """The same on a CardDAV server. `version_4`: the groups in it are vCards 4.0, else of the Apple
+    kind."""
 
     def __init__(self, origin: str, url: str, login: tuple[str, str], version_4: bool) -> None:
         self.origin, self.url, self.login, self.version_4 = origin, url, login, version_4
         self.mail = JMAPServer.with_mailroom_account(Options(has_contacts=False), GROUPS[:-1])
         names = ("carddav_url", "carddav_username", "carddav_password")
         self.settings = dict(zip(names, (origin, *login), strict=True))
-        self.http = requests.Session()
-        self.http.trust_env, self.http.auth = False, login
+        self.http = http_session(login)
 
     def ask(self, method: str, url: str, body: str = "", **headers: str) -> requests.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -166,20 +142,13 @@ class DAVBook:
     def remove(self, uid: str) -> None:
         self.ask("DELETE", self.url_of(uid))
 
-    def _listed(self) -> Iterator[tuple[str, str]]:
-        """(URL, vCard) of all that are there; vCards 4.0 may be shown as 3.0."""
-        reply = self.ask("REPORT", self.url, LIST_ALL, Content_Type="application/xml", Depth="1")
-        for response in ET.fromstring(reply.content).iter("{DAV:}response"):  # noqa: S314
-            url = urllib.parse.urljoin(self.url, response.findtext("{DAV:}href"))
-            yield url, response.findtext(".//{*}address-data", "")
-
     def _parsed(self) -> Iterator[tuple[str, Any]]:
-        """(URL, card) of all that are there."""
-        return ((url, vobject.readOne(text)) for url, text in self._listed())
+        """(URL, card) of all that are there; vCards 4.0 may be shown as 3.0."""
+        return ((url, vobject.readOne(text)) for url, text in self.texts().items())
 
     def texts(self) -> dict[str, str]:
         """All cards by their URLs, as a report shows them."""
-        return dict(self._listed())
+        return vcards(self.http, self.url, self.login)
 
     def seen(self) -> dict[str, Seen]:
         cards = [card for _, card in self._parsed()]
@@ -200,6 +169,9 @@ class DAVBook:
             frozenset(map(bare_uid, values("member", "x-addressbookserver-member"))),
             frozenset(values("tel")),
         )
+
+
+Book = JMAPBook | DAVBook
 
 
 def radicale_book(server: RadicaleServer, version_4: bool = False) -> DAVBook:

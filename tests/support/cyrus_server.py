@@ -33,17 +33,22 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-import requests
 import vobject  # type: ignore[import-untyped]
 from debian_root import make_root
 from ports import free_ports
+from processes import wait_for
+from real_server import (
+    START_DEADLINE,
+    STOP_DEADLINE,
+    RealServer,
+    UnavailableError,
+    http_session,
+    vcards,
+)
 
 INSTALL = (
     "apt-get install -y --no-install-recommends "
@@ -58,10 +63,6 @@ ROOT = Path("/")
 MASTER = Path("usr/sbin/cyrmaster")
 HTTPD = Path("usr/lib/cyrus/bin/httpd")
 CAPABILITIES = ["urn:ietf:params:jmap:core", "urn:ietf:params:jmap:mail"]
-
-START_DEADLINE = 30.0
-STOP_DEADLINE = 10.0
-POLL_STEP = 0.02
 
 IMAPD_CONF = """\
 configdirectory: {home}/conf
@@ -109,16 +110,13 @@ DAEMON {{
 {daemons}}}
 """
 URN = "urn:uuid:"
-LIST_ALL = """<C:addressbook-query xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav">
-<D:prop><C:address-data/></D:prop><C:filter/></C:addressbook-query>"""
 INDEXER = '  squatter cmd="squatter -C {home}/imapd.conf -R"\n'
 
 
-class CyrusUnavailableError(RuntimeError):
-    """Cyrus is not installed, may not be run by this user, or did not come up."""
+CyrusUnavailableError = UnavailableError
 
 
-class CyrusServer:
+class CyrusServer(RealServer):
     """One running Cyrus.
 
     `search=True` adds a Xapian index that follows new mail; 3.12 always has one. Cyrus knows a user
@@ -141,53 +139,40 @@ class CyrusServer:
         self.search = search or version == "3.12"
         self.imap_port = self.http_port = 0
         self._key = secrets.token_bytes(32)
-        self._stack = contextlib.ExitStack()
 
     @property
     def origin(self) -> str:
         """The HTTP server's root, without a trailing slash."""
         return f"http://127.0.0.1:{self.http_port}"
 
-    def __enter__(self) -> Self:
-        """Start it and wait until IMAP and HTTP answer."""
-        with contextlib.ExitStack() as stack:
-            self._root = _newer_root() if self.version == "3.12" else ROOT
-            owner = _require_cyrus(self._root)
-            # Not tempfile's directory: it is another one in the other root.
-            self.home = Path(tempfile.mkdtemp(prefix="cyrus-", dir=self._root / "tmp"))
-            stack.callback(_remove, self.home)
-            self._configure(owner)
-            stack.callback(self.stop)
-            self.start()
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop every process of this instance and remove its directory."""
-        self._stack.close()
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """In a directory that Cyrus owns."""
+        self._root = _newer_root() if self.version == "3.12" else ROOT
+        owner = _require_cyrus(self._root)
+        # Not tempfile's directory: it is another one in the other root.
+        self.home = Path(tempfile.mkdtemp(prefix="cyrus-", dir=self._root / "tmp"))
+        stack.callback(_remove, self.home)
+        self._configure(owner)
+        stack.callback(self.stop)
+        self.start()
 
     def start(self) -> None:
         """Start it, also again with all that it holds, and wait until it answers."""
-        self._process = self._spawn()
-        self._wait_until_up()
+        self.process = self._spawn()
+        self.wait_until_up(self._probe_imap, self._probe_http)
 
     def stop(self) -> None:
         """Kill the master with all its children: it would leave the detached `idled` behind."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(STOP_DEADLINE)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(STOP_DEADLINE)
 
     def add_user(self, name: str) -> CyrusUser:
         """Create the user's inbox (the address book comes with the first CardDAV request)."""
         user = CyrusUser(self, name)
         with self.imap("cyrus") as admin:
             _ok(admin.create(_quoted(f"user/{user.address}")))
-        self._stack.callback(user.http.close)
+        self.stack.callback(user.http.close)
         return user
 
     @contextlib.contextmanager
@@ -202,12 +187,6 @@ class CyrusServer:
         parts = [_base64url({"alg": "HS256", "typ": "JWT"}), _base64url({"sub": username})]
         signature = hmac.digest(self._key, ".".join(parts).encode(), hashlib.sha256)
         return ".".join([*parts, base64.urlsafe_b64encode(signature).decode().rstrip("=")])
-
-    def log_tail(self, lines: int = 40) -> str:
-        """The end of what the processes wrote; Cyrus says the rest to the system's log only."""
-        with contextlib.suppress(OSError):
-            return "\n".join((self.home / "log").read_text(errors="replace").splitlines()[-lines:])
-        return ""
 
     def _configure(self, owner: tuple[int, int]) -> None:
         """Write both configuration files and the key into directories that Cyrus owns."""
@@ -250,31 +229,12 @@ class CyrusServer:
                 start_new_session=True,
             )
 
-    def _wait_until_up(self) -> None:
-        """Poll the handshakes until each has answered once."""
-        probes: list[Callable[[], object]] = [self._probe_imap, self._probe_http]
-        deadline = time.monotonic() + START_DEADLINE
-        last_error: Exception | None = None
-        while probes:
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise CyrusUnavailableError(
-                    f"Cyrus did not come up: {probes[0].__name__}: {last_error!r}, master status "
-                    f"{self._process.poll()} (78: a bad configuration; the words are in the "
-                    f"system's log). Its output:\n{self.log_tail()}"
-                )
-            try:
-                probes[0]()
-                probes.pop(0)
-            except (OSError, imaplib.IMAP4.error) as error:
-                last_error = error
-                time.sleep(POLL_STEP)
-
     def _probe_imap(self) -> None:
         with self.imap("cyrus"):
             pass
 
     def _probe_http(self) -> None:
-        with _session() as http:
+        with http_session() as http:
             http.options(f"{self.origin}/", timeout=5)
 
 
@@ -292,7 +252,7 @@ class CyrusUser:
         self.jmap_url = f"{server.origin}/jmap/"
         self.carddav_url = f"{server.origin}/"
         self.addressbook_url = f"{server.origin}/dav/addressbooks/user/{self.username}/Default/"
-        self.http = _session()
+        self.http = http_session()
         self.http.headers["Authorization"] = f"Bearer {self.token}"
 
     def create_mailboxes(self, paths: Iterable[str]) -> dict[str, str]:
@@ -350,21 +310,22 @@ class CyrusUser:
     def mails(self) -> dict[str, set[str]]:
         """The mailbox paths of every mail, by the mail's subject."""
         paths = {identity: path for path, identity in self.mailbox_ids().items()}
+        return {
+            mail["subject"]: {paths[one] for one in mail["mailboxIds"]}
+            for mail in self._all_mails()
+        }
+
+    def _all_mails(self) -> list[dict[str, Any]]:
         found = {"resultOf": "0", "name": "Email/query", "path": "/ids"}
-        wanted = ["subject", "mailboxIds"]
-        calls = [
-            ["Email/query", {}, "0"],
-            ["Email/get", {"#ids": found, "properties": wanted}, "1"],
-        ]
-        mails = self.jmap(calls)[1][1]["list"]
-        return {mail["subject"]: {paths[one] for one in mail["mailboxIds"]} for mail in mails}
+        get = {"#ids": found, "properties": ["subject", "mailboxIds"]}
+        mails: list[dict[str, Any]] = self.jmap(
+            [["Email/query", {}, "0"], ["Email/get", get, "1"]]
+        )[1][1]["list"]
+        return mails
 
     def mail_ids(self) -> dict[str, str]:
         """The id of every mail by its subject."""
-        found = {"resultOf": "0", "name": "Email/query", "path": "/ids"}
-        get = {"#ids": found, "properties": ["subject"]}
-        answers = self.jmap([["Email/query", {}, "0"], ["Email/get", get, "1"]])
-        return {mail["subject"]: mail["id"] for mail in answers[1][1]["list"]}
+        return {mail["subject"]: mail["id"] for mail in self._all_mails()}
 
     def patch(self, patches: Mapping[str, Mapping[str, bool | None]]) -> None:
         """Put each of these mails, by their subjects, into mailboxes (True) or take them out of
@@ -394,23 +355,14 @@ class CyrusUser:
 
     def vcards(self) -> list[str]:
         """Every card of the address book."""
-        headers = {"Content-Type": "application/xml", "Depth": "1"}
         login = (self.username, self.password)
-        reply = requests.request(
-            "REPORT", self.addressbook_url, data=LIST_ALL, auth=login, headers=headers, timeout=30
-        )
-        reply.raise_for_status()
-        found = ET.fromstring(reply.content).findall(".//{*}address-data")  # noqa: S314
-        return [each.text or "" for each in found]
+        with http_session() as http:
+            return [*vcards(http, self.addressbook_url, login).values()]
 
     def wait_until_indexed(self, sender: str, count: int) -> None:
         """Wait until the search index, which lags behind arrivals, knows this many mails."""
         query = ["Email/query", {"filter": {"from": sender}}, "0"]
-        deadline = time.monotonic() + START_DEADLINE
-        while len(self.jmap([query])[0][1].get("ids", [])) < count:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"The index did not find {count} mails from {sender}")
-            time.sleep(POLL_STEP)
+        wait_for(lambda: len(self.jmap([query])[0][1].get("ids", [])) >= count)
 
 
 def _require_cyrus(root: Path) -> tuple[int, int]:
@@ -446,16 +398,10 @@ def _newer_root() -> Path:
 
 def _remove(home: Path) -> None:
     """Remove the directory, again if a child wrote into it on its way out."""
-    deadline = time.monotonic() + STOP_DEADLINE
-    while home.exists() and time.monotonic() < deadline:
+    for _ in range(1000):
         shutil.rmtree(home, ignore_errors=True)
-
-
-def _session() -> requests.Session:
-    """A session that no proxy or netrc of the machine can lead astray."""
-    session = requests.Session()
-    session.trust_env = False
-    return session
+        if not home.exists():
+            return
 
 
 def _mail(

@@ -1,7 +1,6 @@
 """Accounts for whole stories: mails and contacts wherever they are kept, the user's hand on them,
 the commands, and what there is to compare afterwards, object by object."""
 
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,11 +8,9 @@ from typing import Any, Protocol
 from unittest import mock
 
 import requests
-import urllib3
 from books import Book, JMAPBook, radicale_book
-from jmap_server import JMAPServer
 from radicale_server import RadicaleServer
-from tools import SERVERS, Ran, command
+from tools import SERVERS, Ran, cards_of, check_account, command
 
 from mailroom import MailroomError
 
@@ -25,10 +22,7 @@ def exact_cards(book: Any) -> Cards:
     """Every card by its uid with all that is in it. Empty properties are as good as none; so are
     the order and the folding of the lines of a vCard."""
     if isinstance(book, JMAPBook):
-        return {
-            card["uid"]: {key: value for key, value in card.items() if value and key != "id"}
-            for card in book.account.cards.values()
-        }
+        return cards_of(book.account)
     cards = {}
     for text in book.texts().values():
         lines = re.sub(r"\r?\n[ \t]", "", text).split("\n")
@@ -142,18 +136,7 @@ def embedded_home(store: str, radicale: Callable[[], RadicaleServer]) -> Iterato
     with book.mail as server:
         home = EmbeddedHome(book)
         yield home
-        assert server.crashes == []
-        assert all(home.where().values())
-        check_mails_stay(server)
-
-
-def check_mails_stay(server: JMAPServer) -> None:
-    """No mail was gone at any time, and no request might have made it go."""
-    assert not server.account.histories["Email"].gone, "mails were lost"
-    for call in server.calls("Email/set"):
-        assert call.keys() <= {"accountId", "update", "ifInState"}
-        for patch in call["update"].values():
-            assert True in patch.values(), f"{patch} names no mailbox that stays"
+        check_account(server, takes_back=True)
 
 
 # What is there, and what the user does
@@ -306,17 +289,13 @@ class Killed(BaseException):
     """The program ends here and now."""
 
 
-FATES = ("killed before", "killed after", "lost", "reply lost", "refused")
-
-
 class Fate:
     """What befalls Mailroom's requests, on the way to whatever server. `befall` is asked before
-    each, and says one of FATES or nothing; `after_write` may change the reply to a write."""
+    each, and says "killed after", "lost", "reply lost" or nothing."""
 
     def __init__(self) -> None:
         self.sent: list[requests.PreparedRequest] = []
         self.befall: Callable[[requests.PreparedRequest], str] = lambda _: ""
-        self.after_write: Callable[[requests.Response], object] = bool
         self._send = requests.Session.send
 
     def send(
@@ -326,33 +305,18 @@ class Fate:
             return self._send(session, request, **more)
         self.sent.append(request)
         fate = self.befall(request)
-        if fate == "killed before":
-            raise Killed
         if fate == "lost":
             raise requests.ConnectionError("lost on its way")
-        if fate == "refused":
-            return refusal(request)
         response = self._send(session, request, **more)
         if fate == "killed after":
             raise Killed
         if fate == "reply lost":
             raise requests.ConnectionError("the reply is lost")
-        if is_write(request):
-            self.after_write(response)
         return response
 
     @property
     def writes(self) -> list[requests.PreparedRequest]:
         return list(filter(is_write, self.sent))
-
-
-def refusal(request: requests.PreparedRequest) -> requests.Response:
-    """What a CardDAV server answers when the card has changed, or a server in trouble."""
-    response = requests.Response()
-    response.status_code = 412 if request.method in ("PUT", "DELETE") else 503
-    response.url = str(request.url)
-    response.raw = urllib3.HTTPResponse(io.BytesIO(), preload_content=False)
-    return response
 
 
 def is_write(request: requests.PreparedRequest) -> bool:

@@ -1,7 +1,7 @@
 """A real Radicale for tests: a second CardDAV server, quite unlike Cyrus.
 
     with RadicaleServer() as radicale:
-        radicale.put("bob.vcf", "BEGIN:VCARD\r\n...")
+        radicale.put("bob.vcf", "BEGIN:VCARD\\r\\n...")
         radicale.cards()  # {"/alice/contacts/bob.vcf": b"BEGIN:VCARD..."}
 
 Every instance has its own storage and port. If it cannot start, entering raises
@@ -16,19 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import xml.etree.ElementTree as ET
 from pathlib import Path
-from types import TracebackType
-from typing import Self
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from ports import free_port
+from real_server import STOP_DEADLINE, RealServer, UnavailableError, http_session, vcards
 
-START_DEADLINE = 30.0
-STOP_DEADLINE = 10.0
-POLL_STEP = 0.02
 # Radicale syncs every write to the disk, which nothing here needs.
 IN_MEMORY = Path("/dev/shm")  # noqa: S108  (the directories in it are mkdtemp's)
 
@@ -51,13 +45,10 @@ MAKE_ADDRESS_BOOK = """\
 <resourcetype><collection/><C:addressbook/></resourcetype><displayname>{name}</displayname>
 </prop></set></mkcol>
 """
+RadicaleUnavailableError = UnavailableError
 
 
-class RadicaleUnavailableError(RuntimeError):
-    """Radicale is not installed or did not come up."""
-
-
-class RadicaleServer:
+class RadicaleServer(RealServer):
     """One running Radicale with one user and one empty address book."""
 
     password = "wonderland"
@@ -65,11 +56,8 @@ class RadicaleServer:
     def __init__(self, username: str = "alice", addressbook: str = "contacts") -> None:
         self.username = username
         self.addressbook = addressbook
-        self.http = requests.Session()
-        self.http.trust_env = False
-        self.http.auth = (username, self.password)
+        self.http = http_session((username, self.password))
         self.port = 0
-        self._stack = contextlib.ExitStack()
 
     @property
     def url(self) -> str:
@@ -81,68 +69,42 @@ class RadicaleServer:
         """The address book itself, with a trailing slash."""
         return f"{self.url}{self.username}/{self.addressbook}/"
 
-    def __enter__(self) -> Self:
-        """Start it, wait until it answers and create the address book."""
-        with contextlib.ExitStack() as stack:
-            self.home = Path(
-                tempfile.mkdtemp("", "radicale-", IN_MEMORY if IN_MEMORY.is_dir() else None)
-            )
-            stack.callback(shutil.rmtree, self.home, ignore_errors=True)
-            stack.callback(self.http.close)
-            self._process = self._spawn()
-            stack.callback(_stop, self._process)
-            self._wait_until_up()
-            self.make_addressbook(self.addressbook)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop it and remove its storage."""
-        self._stack.close()
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """With its address book."""
+        memory = IN_MEMORY if IN_MEMORY.is_dir() else None
+        self.home = Path(tempfile.mkdtemp("", "radicale-", memory))
+        stack.callback(shutil.rmtree, self.home, ignore_errors=True)
+        stack.callback(self.http.close)
+        self.process = self._spawn()
+        stack.callback(self.process.wait, STOP_DEADLINE)
+        stack.callback(self.process.kill)
+        self.wait_until_up(lambda: self._request("OPTIONS", self.url))
+        self.make_addressbook(self.addressbook)
 
     def make_addressbook(self, name: str) -> str:
         """Create an address book beside the first one; returns its URL."""
         url = f"{self.url}{self.username}/{name}/"
-        self._request("MKCOL", url, MAKE_ADDRESS_BOOK.format(name=name).encode())
+        self._request("MKCOL", url, MAKE_ADDRESS_BOOK.format(name=name))
         return url
 
-    def put(self, name: str, vcard: str | bytes) -> str:
-        """Store a card under a name, new or not, and return its URL."""
-        url = urljoin(self.addressbook_url, name)
-        body = vcard.encode() if isinstance(vcard, str) else vcard
-        self._request("PUT", url, body, {"Content-Type": "text/vcard; charset=utf-8"})
-        return url
+    def put(self, name: str, vcard: str) -> None:
+        """Store a card under a name, new or not."""
+        headers = {"Content-Type": "text/vcard; charset=utf-8"}
+        self._request("PUT", urljoin(self.addressbook_url, name), vcard, headers)
 
     def delete(self, name: str) -> None:
-        """Remove a card by its name or href."""
+        """Remove a card by its name."""
         self._request("DELETE", urljoin(self.addressbook_url, name))
 
     def cards(self) -> dict[str, bytes]:
-        """Every card by its href, exactly as a GET of it answers."""
-        answer = self._request("PROPFIND", self.addressbook_url, headers={"Depth": "1"})
-        tree = ET.fromstring(answer.content)  # noqa: S314  (from the server we started)
-        hrefs = [node.text or "" for node in tree.iterfind("{DAV:}response/{DAV:}href")]
-        return {
-            href: self._request("GET", urljoin(self.url, href)).content
-            for href in hrefs
-            if not href.endswith("/")
-        }
-
-    def log_tail(self, lines: int = 40) -> str:
-        """The end of the server's log."""
-        with contextlib.suppress(OSError):
-            return "\n".join((self.home / "log").read_text(errors="replace").splitlines()[-lines:])
-        return ""
+        """Every card by its path, exactly as a GET of it answers."""
+        urls = vcards(self.http, self.addressbook_url, (self.username, self.password))
+        return {urlsplit(url).path: self._request("GET", url).content for url in urls}
 
     def _request(
-        self, method: str, url: str, body: bytes = b"", headers: dict[str, str] | None = None
+        self, method: str, url: str, body: str = "", headers: dict[str, str] | None = None
     ) -> requests.Response:
-        response = self.http.request(method, url, data=body, headers=headers, timeout=10)
+        response = self.http.request(method, url, data=body.encode(), headers=headers, timeout=10)
         response.raise_for_status()
         return response
 
@@ -158,21 +120,3 @@ class RadicaleServer:
                 stderr=log,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-
-    def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_DEADLINE
-        while True:
-            try:
-                self._request("OPTIONS", self.url)
-                return
-            except requests.RequestException as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise RadicaleUnavailableError(
-                        f"Radicale did not come up ({error!r}). Its log:\n{self.log_tail()}"
-                    ) from error
-                time.sleep(POLL_STEP)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait(STOP_DEADLINE)
