@@ -71,7 +71,7 @@ def cyrus(session: nox.Session) -> None:
 
 @nox.session
 def container(session: nox.Session) -> None:
-    """The image, built and tried as it will be used, with podman or docker (see README). With
+    """The image, built and tried as it will be used, with podman (see README). With
     `MAKE_BASE=1` its base is made of Debian's packages; `PYTHON_IMAGE` names another one."""
     install(session, *TEST_TOOLS, *CONTAINER_TOOLS)
     session.run("pytest", "-m", "container", *session.posargs)

@@ -1,4 +1,4 @@
-# ruff: noqa: E402  (everything has to be imported after the monkey patch)
+# ruff: noqa: E402  (mailroom has to be found)
 """Mailroom at work on a made-up account: `nox -s demo`, or `python tests/demo.py`.
 
 An embedded JMAP server holds the account, `python mailroom.py` works it as a process of its own,
@@ -8,46 +8,41 @@ it has not checked, for every message of the account; when something is not so, 
 With `--serve` the account stays up for a Mailroom started by hand, and taps are typed; with
 `--bare` too it has nothing that Mailroom needs, and `setup` makes that.
 
-How it reads: the account - what ought to happen - screen and process - the scenes - `--serve`.
+How it reads: the account - what ought to happen - the screen - the scenes - `--serve`.
 """
 
-from gevent import monkey
+import sys
+from pathlib import Path
 
-monkey.patch_all()
+TESTS = Path(__file__).resolve().parent
+sys.path += [str(TESTS.parent), str(TESTS / "support")]
+
+from processes import PROGRAM, Program, program  # noqa: I001  (brings the monkey patch)
 
 import argparse
 import os
 import random
 import re
+import select
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import IO, Any
+from functools import partial
 
 import gevent
-import gevent.socket
 import requests
-from gevent.queue import Queue
 
-TESTS = Path(__file__).resolve().parent
-MAILROOM = TESTS.parent / "mailroom.py"
-sys.path.append(str(TESTS / "support"))
-
-from jmap_server import CATEGORIES, Account, JMAPServer, Options, addresses
+from jmap_server import CATEGORIES, Account, JMAPServer, Mail, Options, addresses
 from ports import free_port
 
 DEBOUNCE, POLL = 0.5, 3
 PAUSE = 1.3  # seconds to read a scene, on a terminal
-STOP_SECONDS = 5
 
 
 class DemoError(Exception):
@@ -63,42 +58,28 @@ The Slow Crumb <letter@slow-crumb.example>: Screener 14, Recipes 2, Trash 1
     No. {n}: The dough that waited | No. {n}: Why crusts sing | No. {n}: Rye, slowly
 Night Train Notes <post@night-train.example>: Screener 11, Lisbon 1
     Sleeper of the month: {month} | Platform {n} | The last dining car
-Ferrous Weekly <editor@ferrous-weekly.example>: Screener 22
-    Issue {n}: Lifetimes, gently | Issue {n}: Small binaries | Issue {n}: {month} releases
-Chess in the Park <moves@chess-park.example>: Screener 9, Archive 1
-    Puzzle {n}: White to move | {month} open: results | Puzzle {n}: A quiet queen
-Harbour Film Club <club@harbour-film.example>: Feed 13, Trash 2
-    {month} programme | Friday: a film from {n} minutes ago | Members' evening
 Tidepool Science <news@tidepool.example>: Feed 18
     {n} things about octopuses | The week in water | Ask us anything, {month}
 Bargain Owl <deals@bargain-owl.example>: Feed 27, Trash 3, Recipes 1
     Only today: {n} deals | We miss you! | Your cart is lonely | {month} madness ends at midnight
-Fernweh Books <shop@fernweh-books.example>: Screener 9, Archive 1
+Fernweh Books <shop@fernweh-books.example>: Screener 10
     New on our shelves in {month} | Your receipt {n} | Staff picks for {month}
 Velo Depot <service@velo-depot.example>: Screener 7, Inbox 1
     Your bicycle is ready | Invoice {n} | {month}: winter tyres
 Northwind Energy <billing@northwind-energy.example>: Paper Trail 12, Taxes 2
     Your bill for {month} | Meter reading due | Invoice {n}
-Brightline Telecom <invoice@brightline.example>: Screener 10, Taxes 1
-    Invoice {n} for {month} | Your data is used up | New terms from {month}
 Ledgerly Bank <no-reply@ledgerly.example>: Screener 15, Archive 3
     Your statement for {month} is ready | Card payment {n} | A new sign-in
 ParcelHop <track@parcelhop.example>: Screener 12, Trash 2
     Parcel {n} is on its way | Parcel {n}: two stops away | Parcel {n} is with your neighbour
 Mara Lindqvist <mara.lindqvist@post.example>: Screener 6, Lisbon 2, Inbox 1
     Re: Saturday? | Photos from the lake | That book I told you about | Lisbon: the flat | Call me
-Tomas Abara <tomas@abara.example>: Screener 4
-    Fwd: concert in {month} | Your ladder | Re: Re: dinner
 Yuki Tanabe <yuki@tanabe.example>: Imbox+Person 9
     Sunday | Re: the cat | Train times for {month}
-Emil Hartmann <opa.emil@post.example>: Imbox+Person 5
-    The apples are ripe | Question about the computer | Thank you for the photos
 Okafor Dental <front.desk@okafor-dental.example>: Screener 5, Archive 1
     Your appointment in {month} | Please confirm: {month} | Six months already?
 Elm Street School <office@elm-street-school.example>: Screener 13, Inbox 2
     Parents' evening in {month} | Lost property | Class trip: form {n}
-Talent Bridge <jo@talent-bridge.example>: Screener 9, Junk 1
-    A role for you (ref. {n}) | Quick call? | Following up | Still following up
 Crypto Comet <vip@crypto-comet.example>: Screener 12, Junk 6
     You have {n} coins waiting!!! | RE: your wallet | FINAL notice {n}
 Alice Home <alice@home.example>: Sent 14, Drafts 2
@@ -149,16 +130,16 @@ def address_of(header: str | None) -> str:
     return next((address for _, address in addresses(header)), "")
 
 
-def mails_from(account: Account, address: str) -> list[str]:
-    """The ids of a sender's messages, the newest first."""
+def mails_from(account: Account, address: str) -> list[Mail]:
+    """A sender's messages, the newest first."""
     mails = (mail for mail in account.mails.values() if address_of(mail.sender) == address)
-    return [mail.id for mail in sorted(mails, key=lambda mail: mail.received_at, reverse=True)]
+    return sorted(mails, key=lambda mail: mail.received_at, reverse=True)
 
 
-def mail_to_tap(account: Account, address: str) -> str:
+def mail_to_tap(account: Account, address: str) -> Mail:
     """The newest message of a sender that waits in the Screener or is filed already."""
     mails = mails_from(account, address)
-    return next((key for key in mails if account.mailboxes_of(key) & MANAGED), mails[0])
+    return next((mail for mail in mails if account.mailboxes_of(mail.id) & MANAGED), mails[0])
 
 
 # ---------------------------------------------------------------------------- what ought to happen
@@ -217,7 +198,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-# --------------------------------------------------------------------------- screen and process
+# ------------------------------------------------------------------------------------- the screen
 
 
 class Screen:
@@ -249,69 +230,31 @@ class Screen:
             gevent.sleep(PAUSE)
 
 
-def settings(server: JMAPServer) -> dict[str, str]:
+def settings(server: JMAPServer) -> dict[str, object]:
     """The settings of a Mailroom that works this account; its health is on a free port."""
     return {
-        "MAILROOM_JMAP_TOKEN": server.options.token,
-        "MAILROOM_JMAP_URL": server.session_url,
-        "MAILROOM_DEBOUNCE_SECONDS": f"{DEBOUNCE}",
-        "MAILROOM_POLL_INTERVAL": f"{POLL}",
-        "MAILROOM_HEALTH_PORT": f"{free_port()}",
-        "MAILROOM_LOG_FORMAT": "text",
+        "jmap_token": server.options.token,
+        "jmap_url": server.session_url,
+        "debounce_seconds": DEBOUNCE,
+        "poll_interval": POLL,
+        "health_port": free_port(),
+        "log_format": "text",
     }
-
-
-class Mailroom:
-    """`python mailroom.py` as a process with a log file; and what it says of itself. Whatever it
-    does not do raises DemoError."""
-
-    def __init__(self, program: Path, log: IO[bytes], environment: Mapping[str, str]) -> None:
-        self._url = f"http://127.0.0.1:{environment['MAILROOM_HEALTH_PORT']}"
-        self._http = requests.Session()
-        self._http.trust_env = False
-        kept = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH") if key in os.environ}
-        command = [sys.executable, str(program)]
-        self.process = subprocess.Popen(
-            command, env={**kept, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-
-    def check(self) -> None:
-        if (status := self.process.poll()) is not None:
-            raise DemoError(f"mailroom has ended with status {status}")
-
-    def _get(self, path: str) -> requests.Response:
-        try:
-            return self._http.get(self._url + path, timeout=5)
-        except requests.RequestException:
-            raise DemoError(f"mailroom does not answer at {self._url}{path}") from None
-
-    def health(self) -> dict[str, Any]:
-        """What /healthz says."""
-        return dict(self._get("/healthz").json())
-
-    def cycles(self) -> int:
-        """How many cycles there were, from /metrics."""
-        text = self._get("/metrics").text
-        numbers = re.findall(r"^mailroom_cycles_total\{.*\} (\S+)$", text, re.MULTILINE)
-        return int(sum(map(float, numbers)))
-
-    def stop(self) -> None:
-        """Asks it to end."""
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_SECONDS)
-        if self.process.returncode != 0:
-            raise DemoError(f"mailroom was asked to stop; status: {self.process.returncode}")
 
 
 # ------------------------------------------------------------------------------------ the scenes
 
-SCENES = (
-    ("A newsletter you like", "letter@slow-crumb.example", "@ToFeed"),
-    ("A friend", "mara.lindqvist@post.example", "@ToPerson"),
-    ("Enough of a shop that is in your Feed", "deals@bargain-owl.example", "@ToJail"),
-)
-CONFLICT = ("shop@fernweh-books.example", "@ToPaperTrail", "@ToFeed")
+SCENES = {
+    "A newsletter you like": ("letter@slow-crumb.example", "@ToFeed"),
+    "Its next issue, without a tap": ("letter@slow-crumb.example",),
+    "A friend": ("mara.lindqvist@post.example", "@ToPerson"),
+    "Enough of a shop that is in your Feed": ("deals@bargain-owl.example", "@ToJail"),
+    "Second thoughts about the newsletter": ("letter@slow-crumb.example", UNDO),
+    "A slip of the thumb: two labels for one sender": (
+        *("shop@fernweh-books.example", "@ToPaperTrail", "@ToFeed"),
+    ),
+    "Push goes away, and comes back": (),
+}
 WITHOUT_PUSH = ("track@parcelhop.example", "@ToTruck")
 WITH_PUSH_AGAIN = ("front.desk@okafor-dental.example", "@ToImbox")
 
@@ -335,23 +278,20 @@ To tap for yourself on this one: nox -s demo -- --serve"""
 class Demo:
     """Plays the scenes. What it tells was seen on the server or said by Mailroom."""
 
-    def __init__(self, server: JMAPServer, mailroom: Mailroom, patience: float) -> None:
+    def __init__(self, server: JMAPServer, mailroom: Program, patience: float) -> None:
         self.server, self.account, self.mailroom = server, server.account, mailroom
         self.patience, self.screen = patience, Screen()
         self.summary = [SUMMARY.format("tap", "sender", "now in", "messages", "seconds")]
 
     def play(self) -> None:
         """All scenes and the summary. Raises DemoError when something did not happen."""
+        scenes: dict[int, Callable[..., None]]
+        scenes = {0: self._push_goes_away, 1: self._arrives, 2: self._tap, 3: self._conflict}
         self._open()
-        for number, (title, address, label) in enumerate(SCENES, 1):
-            self._scene(f"{number}. {title}")
-            self._tap(address, label)
-        self._scene("4. Second thoughts about the newsletter")
-        self._tap(SCENES[0][1], UNDO)
-        self._scene("5. A slip of the thumb: two labels for one sender")
-        self._conflict(*CONFLICT)
-        self._scene("6. Push goes away, and comes back")
-        self._push_goes_away()
+        for number, (title, tapped) in enumerate(SCENES.items(), 1):
+            self.screen.pause()
+            self.screen.line(f"\n{number}. {title}", "bold")
+            scenes[len(tapped)](*tapped)
         self.screen.pause()
         self._close()
 
@@ -362,11 +302,12 @@ class Demo:
         screened = len(self.account.mails_in("Screener"))
         self.screen.line("Mailroom: one tap of a label triages a whole sender", "bold")
         self.screen.line(INTRODUCTION.format(screened=screened, **numbers))
-        self._wait("mailroom to be connected and to have looked", self._is_ready)
+        self._wait("mailroom to be connected", self.mailroom.is_pushed)
 
     def _close(self) -> None:
-        cycles = self.mailroom.cycles()
-        self.mailroom.stop()
+        cycles = len(self._cycles())
+        if status := self.mailroom.stop():
+            raise DemoError(f"mailroom was asked to stop; status: {status}")
         if self.server.crashes:
             raise DemoError(f"the embedded server has crashed: {self.server.crashes}")
         for n, row in enumerate(self.summary):
@@ -374,81 +315,74 @@ class Demo:
         numbers = {"mails": len(self.account.mails), "requests": self.server.count("api")}
         self.screen.line("\n" + CLOSE.format(cycles=cycles, **numbers))
 
-    def _scene(self, title: str) -> None:
-        self.screen.pause()
-        self.screen.line(f"\n{title}", "bold")
-
     def _wait(self, what: str, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + self.patience
         while not condition():
-            self.mailroom.check()
+            if (status := self.mailroom.process.poll()) is not None:
+                raise DemoError(f"mailroom has ended with status {status}")
             if time.monotonic() > deadline:
                 raise DemoError(f"waited {self.patience:g} seconds for {what}")
             gevent.sleep(0.005)
 
-    def _is_ready(self) -> bool:
-        with suppress(DemoError):
-            health = self.mailroom.health()
-            is_connected = health["eventsource"]["status"] == "connected"
-            return is_connected and bool(health["last_poll_trigger"])
-        return False
+    def _cycles(self) -> list[str]:
+        """What triggered the cycles that there were, as Mailroom has logged it."""
+        return re.findall(r' cycle done .*trigger="(\w+)"', self.mailroom.output.read_text())
 
     def _is_idle(self) -> bool:
         """Whether Mailroom waits for events, and the timer will not strike before one can come: no
         echo of its own writes or of the connect is being gathered or looked after."""
-        health, now = self.mailroom.health(), datetime.now(UTC)
-        times = [health["eventsource"][key] for key in ("last_event_at", "connected_since")]
-        if None in times:
-            return False
-        heard, since = ((now - datetime.fromisoformat(each)).total_seconds() for each in times)
-        is_quiet = min(heard, since) > DEBOUNCE + 0.2
-        return bool(is_quiet and health["last_poll_age_seconds"] < POLL - 1)
+        quiet = time.monotonic() - self.server.requests[-1].time
+        return bool(self._cycles()) and DEBOUNCE + 0.2 < quiet < POLL - 1
 
     # A tap
 
     def _tap(self, address: str, label: str, trigger: str = "push") -> None:
         """Puts the label on one message of the sender, who then has to be triaged."""
-        if trigger == "push":
-            self._wait("mailroom to be idle", self._is_idle)
-        mail = self.account.mails[mail_to_tap(self.account, address)]
+        mail = mail_to_tap(self.account, address)
         [(name, _)] = addresses(mail.sender)
         self.screen.fact("tap", f'{label} on "{mail.subject}" from {name}', "yellow")
-        self._triage(address, label, label, lambda: self.account.label(mail.id, label), trigger)
+        self._triage(address, label, label, partial(self.account.label, mail.id, label), trigger)
 
     def _triage(
-        self, address: str, label: str, tap: str, act: Callable[[], None], trigger: str = "push"
+        self, address: str, label: str, tap: str, act: Callable[[], object], trigger: str = "push"
     ) -> None:
         """After `act` the sender has to be triaged as the label says: waits, checks and tells."""
         self.screen.fact("means", LABELS[label][1])
-        before, groups_before = snapshot(self.account), self.account.groups_of(address)
-        mails = mails_from(self.account, address)
-        after = before | {key: filed(before[key], label) for key in mails}
-        seconds, took = self._act(act, after, trigger)
-        self.screen.moves(f"{seconds:.2f} s", changes(self.account, before, after))
-        self._tell_contact(address, label, groups_before)
-        if stay := Counter(listed(before[key]) for key in mails if before[key] == after[key]):
+        before, groups = snapshot(self.account), self.account.groups_of(address)
+        of_sender = {mail.id: before[mail.id] for mail in mails_from(self.account, address)}
+        after = {key: filed(places, label) for key, places in of_sender.items()}
+        self._act(tap, address, act, before | after, trigger)
+        self._tell_contact(address, label, groups)
+        if stay := Counter(listed(after[key]) for key in after if after[key] == before[key]):
             self.screen.fact("untouched", listed(f"{n} in {place}" for place, n in stay.items()))
-        self.screen.fact("took", took)
-        moved = [after[key] for key in mails if before[key] != after[key]]
-        self._note(tap, address, listed(frozenset().union(*moved)), len(moved), seconds)
 
-    def _act(self, act: Callable[[], None], after: Snapshot, trigger: str) -> tuple[float, str]:
-        """Acts, and waits until every message of the account is as it should be `after` that;
-        (the seconds from the act to then, what else it took)."""
-        cycles, asked, start = self.mailroom.cycles(), self.server.count("api"), time.monotonic()
+    def _act(
+        self, tap: str, address: str, act: Callable[[], object], after: Snapshot, trigger: str
+    ) -> None:
+        """Acts, waits until every message of the account is as it should be `after` that, and tells
+        what moved and what it took."""
+        if trigger == "push":
+            self._wait("mailroom to be idle", self._is_idle)
+        before, cycles = snapshot(self.account), len(self._cycles())
+        asked, start = self.server.count("api"), time.monotonic()
         act()
         try:
             self._wait("the messages to be filed", lambda: snapshot(self.account) == after)
         except DemoError as error:
             missing = changes(self.account, snapshot(self.account), after)
             raise DemoError(f"{error}; missing: {listed(missing) or 'messages'}") from None
-        seconds = time.monotonic() - start
-        self._wait("the cycle to end", lambda: self.mailroom.cycles() > cycles)
-        by = self.mailroom.health()["last_poll_trigger"]
-        if by != trigger or snapshot(self.account) != after:
-            raise DemoError(f"triggered by {by} instead of {trigger}, or changed once more")
-        ran, asked = self.mailroom.cycles() - cycles, self.server.count("api") - asked
-        return seconds, f"{count(ran, 'cycle')} ({by}), {count(asked, 'request')}"
+        seconds = f"{time.monotonic() - start:.2f}"
+        self._wait("the cycle to end", lambda: len(self._cycles()) > cycles)
+        ran = self._cycles()[cycles:]
+        if {*ran} != {trigger} or snapshot(self.account) != after:
+            raise DemoError(f"triggered by {ran} instead of {trigger}, or changed once more")
+        requests = count(self.server.count("api") - asked, "request")
+        self.screen.moves(f"{seconds} s", changes(self.account, before, after))
+        self.screen.fact("took", f"{count(len(ran), 'cycle')} ({trigger}), {requests}")
+        moved = [after[key] - before[key] for key in after if before[key] != after[key]]
+        places = listed(frozenset().union(*moved) - LABELS.keys())
+        [(name, _)] = addresses(mails_from(self.account, address)[0].sender)
+        self.summary.append(SUMMARY.format(tap, name, places, len(moved), seconds))
 
     def _tell_contact(self, address: str, label: str, before: set[str]) -> None:
         """There has to be one contact, in the groups of the label; none after the triage was taken
@@ -459,69 +393,80 @@ class Demo:
                 raise DemoError(f"{address} still has a contact")
             self.screen.fact("contact", "deleted: Mailroom made it, nobody has touched it")
             return
-        kind = "individual" if label == "@ToPerson" else "org"
+        kind, who = ("individual", "person") if label == "@ToPerson" else ("org", "company")
         if [card["kind"] for card in cards] != [kind] or groups != LABELS[label][0] | {"Mailroom"}:
             raise DemoError(f"{address} has {count(len(cards), 'contact')} in [{listed(groups)}]")
         name, known = cards[0]["name"]["full"], "known" if before else "new"
-        who = {"individual": "person", "org": "company"}[kind]
         self.screen.fact("contact", f"{known}: {name} <{address}>, {who}")
         self.screen.fact("groups", (f"{listed(before)} -> " if before else "") + listed(groups))
 
-    def _note(self, tap: str, address: str, to: str, mails: int, seconds: float) -> None:
-        [(name, _)] = addresses(self.account.mails[mails_from(self.account, address)[0]].sender)
-        self.summary.append(SUMMARY.format(tap, name, to, mails, f"{seconds:.2f}"))
-
     # The scenes that are more than a tap
+
+    def _arrives(self, address: str) -> None:
+        """A new message of a sender who is in the Feed comes to the Screener: it is filed."""
+        self._wait("mailroom to be idle", self._is_idle)
+        before, cycles, start = snapshot(self.account), len(self._cycles()), time.monotonic()
+        sender, subject = mails_from(self.account, address)[0].sender, "No. 400: Sourdough at sea"
+        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        new = self.account.deliver(sender, ["Screener"], subject=subject, received_at=now)
+        self.screen.fact("arrives", f'"{subject}", in the Screener', "yellow")
+        self.screen.fact("means", "its sender is in the group Feed: that has been decided")
+        self._wait("it to be filed", lambda: self.account.mailboxes_of(new) == {"Feed"})
+        seconds = f"{time.monotonic() - start:.2f}"
+        self._wait("the cycle to end", lambda: len(self._cycles()) > cycles)
+        if snapshot(self.account) != before | {new: frozenset({"Feed"})}:
+            raise DemoError("other messages have changed")
+        self.screen.moves(f"{seconds} s", {"Screener -> Feed": [subject]})
+        [(name, _)] = addresses(sender)
+        self.summary.append(SUMMARY.format("(none)", name, "Feed", 1, seconds))
 
     def _conflict(self, address: str, label: str, slip: str) -> None:
         """Two labels for one sender: both messages are marked, and nothing else happens."""
-        self._wait("mailroom to be idle", self._is_idle)
-        account, (one, other) = self.account, mails_from(self.account, address)[:2]
-        for mail_id, name in ((one, label), (other, slip)):
-            self.screen.fact("tap", f'{name} on "{account.mails[mail_id].subject}"', "yellow")
+        account, before = self.account, snapshot(self.account)
+        tapped = dict(zip((label, slip), mails_from(account, address), strict=False))
+        for name, mail in tapped.items():
+            self.screen.fact("tap", f'{name} on "{mail.subject}"', "yellow")
         self.screen.fact("means", "which one? Mailroom does not guess: it marks both")
-        before = snapshot(account)
-        marked = {one: before[one] | {label, ERROR}, other: before[other] | {slip, ERROR}}
+        marked = {mail.id: before[mail.id] | {name, ERROR} for name, mail in tapped.items()}
 
         def tap_both() -> None:
-            account.label(one, label)
-            account.label(other, slip)
+            for name, mail in tapped.items():
+                account.label(mail.id, name)
 
-        seconds, took = self._act(tap_both, before | marked, "push")
+        self._act(f"{label}, {slip}", address, tap_both, before | marked, "push")
         if account.contacts_of(address):
             raise DemoError(f"{address} got a contact in spite of the conflict")
-        self.screen.fact(
-            f"{seconds:.2f} s", f"2 messages: + {ERROR}; all else is as it was", "green"
-        )
-        self.screen.fact("took", took)
-        self._note(f"{label}, {slip}", address, f"+ {ERROR}", 2, seconds)
-        self._wait("mailroom to be idle", self._is_idle)
         self.screen.fact("tap", f"{slip} off again", "yellow")
-        self._triage(address, label, f"{slip} off", lambda: account.unlabel(other, slip))
+        unlabel = partial(account.unlabel, tapped[slip].id, slip)
+        self._triage(address, label, f"{slip} off", unlabel)
 
     def _push_goes_away(self) -> None:
         """Without the event stream the poll timer finds the tap. It begins just after a poll, so
         that there is time for all this before the next one."""
-        self._wait("a poll", lambda: self.mailroom.health()["last_poll_age_seconds"] < DEBOUNCE)
+        cycles = len(self._cycles())
+        self._wait("a poll", lambda: len(self._cycles()) > cycles)
         self._tell_health()
         self.screen.fact("server", "drops the stream and answers HTTP 503 from now on", "yellow")
         self.server.options.push = 503
         self.server.streams.drop()
-        self._wait("/healthz to tell of the 503", lambda: "(HTTP 503)" in self._stream())
+        self._wait("/healthz to tell of the 503", lambda: "HTTP 503" in self._stream())
         self._tell_health()
         self.screen.fact("", f"what is left is the poll timer, here every {POLL} s, usually 60")
         self._tap(*WITHOUT_PUSH, trigger="fallback")
         self.screen.fact("server", "has push again; Mailroom looks after 1, 2, 4 ... s", "yellow")
         self.server.options.push = 200
-        self._wait("the stream to be connected again", self._is_ready)
+        self._wait("the stream to be connected again", self.mailroom.is_pushed)
         self._tell_health()
         self._tap(*WITH_PUSH_AGAIN)
 
     def _stream(self) -> str:
         """What /healthz says."""
-        health = self.mailroom.health()
+        health = self.mailroom.health
         stream = health["eventsource"]
-        error = "" if stream["status"] == "connected" else f" ({stream['last_error']})"
+        reason = re.sub(
+            r"^http\S+ answered ", "", stream["last_error"] or ""
+        )  # a line has 80 columns
+        error = "" if stream["status"] == "connected" else f" ({reason})"
         reconnects = count(stream["reconnect_count"], "reconnect")
         return f"{health['status']}, stream {stream['status']}{error}, {reconnects}"
 
@@ -529,20 +474,19 @@ class Demo:
         self.screen.fact("/healthz", self._stream())
 
 
-def show(server: JMAPServer, program: Path, patience: float) -> int:
+def show(server: JMAPServer, path: Path, patience: float) -> int:
     """The demo; its exit status. When it fails, mailroom's log is shown."""
-    with tempfile.TemporaryFile() as log:
-        mailroom = Mailroom(program, log, settings(server))
+    given = settings(server) | {"log_level": "debug"}
+    with (
+        tempfile.TemporaryDirectory() as home,
+        program(Path(home, "log"), path=path, **given) as mailroom,
+    ):
         try:
             Demo(server, mailroom, patience).play()
-        except DemoError as error:
-            log.seek(0)
-            said = log.read().decode(errors="replace") or "(nothing)\n"
+        except (DemoError, requests.RequestException, subprocess.TimeoutExpired) as error:
+            said = mailroom.output.read_text(errors="replace") or "(nothing)\n"
             print(f"\nThe demo has failed: {error}.\nThe log of mailroom:\n{said}", file=sys.stderr)
             return 1
-        finally:
-            mailroom.process.kill()
-            mailroom.process.wait()
     return 0
 
 
@@ -578,19 +522,20 @@ class Phone:
 
     def run(self) -> None:
         """Until the end of what is typed at a terminal; else for ever."""
-        typed: Queue[str | None] = Queue()
-        gevent.spawn(read_lines, typed)
+        listened_to = [0] if sys.stdin else []
         while True:
             print(self._prompt, end="", flush=True)
-            while typed.empty():
-                gevent.sleep(0.2)
+            while not select.select(listened_to, [], [], 0.2)[0]:
                 self._tell_changes()
-            if (line := typed.get()) is None:
-                return self._screen.line()
-            try:
-                self._obey(line.split())
-            except DemoError as error:
-                self._screen.line(f"  {error}")
+            if not (typed := os.read(0, 4096)):
+                if os.isatty(0):
+                    return self._screen.line()
+                listened_to = []
+            for line in typed.decode(errors="replace").splitlines():
+                try:
+                    self._obey(line.split())
+                except DemoError as error:
+                    self._screen.line(f"  {error}")
 
     def _tell_changes(self) -> None:
         """What has changed since the last time, once nothing has changed for a moment."""
@@ -610,11 +555,11 @@ class Phone:
             case ["label", sender, label] if label in LABELS:
                 if label not in {box.name for box in self._account.mailboxes.values()}:
                     raise DemoError(f"there is no {label} yet: `setup --apply` makes it")
-                self._account.label(mail_to_tap(self._account, self._sender(sender)), label)
+                self._account.label(mail_to_tap(self._account, self._sender(sender)).id, label)
             case ["unlabel", sender, label]:
-                for mail_id in mails_from(self._account, self._sender(sender)):
-                    if label in self._account.mailboxes_of(mail_id):
-                        self._account.unlabel(mail_id, label)
+                for mail in mails_from(self._account, self._sender(sender)):
+                    if label in self._account.mailboxes_of(mail.id):
+                        self._account.unlabel(mail.id, label)
             case _:
                 self._screen.line(HELP)
 
@@ -632,24 +577,10 @@ class Phone:
     def _list(self, part: str = "") -> None:
         for address in self._senders(part):
             mails = mails_from(self._account, address)
-            where = Counter("+".join(sorted(self._account.mailboxes_of(key))) for key in mails)
+            where = Counter("+".join(sorted(self._account.mailboxes_of(m.id))) for m in mails)
             places = ", ".join(f"{number} {place}" for place, number in where.items())
             groups = listed(self._account.groups_of(address))
             self._screen.line(f"{address:32} {places}{groups and f' [{groups}]'}")
-
-
-def read_lines(typed: "Queue[str | None]") -> None:
-    """Puts what is typed on the queue, line by line; None at a terminal's end."""
-    unread = b""
-    while sys.stdin:
-        gevent.socket.wait_read(0)
-        if not (data := os.read(0, 4096)):
-            break
-        *lines, unread = (unread + data).split(b"\n")
-        for line in lines:
-            typed.put(line.decode(errors="replace"))
-    if os.isatty(0):
-        typed.put(None)
 
 
 def serve(server: JMAPServer) -> int:
@@ -657,8 +588,8 @@ def serve(server: JMAPServer) -> int:
     screen, mails = Screen(), count(len(server.account.mails), "message")
     screen.line(f"A made-up account with {mails} is up. In another terminal:\n")
     for name, value in settings(server).items():
-        screen.line(f"export {name}={shlex.quote(value)}")
-    paths = (os.path.relpath(path) for path in (sys.executable, MAILROOM))
+        screen.line(f"export MAILROOM_{name.upper()}={shlex.quote(str(value))}")
+    paths = (os.path.relpath(path) for path in (sys.executable, PROGRAM))
     command = shlex.join(os.path.abspath(path) if path.startswith("..") else path for path in paths)
     screen.line(f"{command}\n{SERVED}\n{HELP}\n")
     Phone(server.account).run()
@@ -673,7 +604,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Mailroom at work on a made-up account.")
     parser.add_argument("--serve", action="store_true", help="leave the account up to tap by hand")
     parser.add_argument("--bare", action="store_true", help="with --serve: nothing is set up")
-    parser.add_argument("--program", type=Path, default=MAILROOM, help="in place of mailroom.py")
+    parser.add_argument("--program", type=Path, default=PROGRAM, help="in place of mailroom.py")
     parser.add_argument("--patience", type=float, default=15, help="seconds to wait for anything")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):

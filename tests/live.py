@@ -31,6 +31,7 @@ from contextlib import suppress
 import gevent
 
 import live_tools as tools
+from mailroom import MailroomError
 from live_tools import ADDRESS, FEED, GROUP, JAIL, JMAP, JSON, PREFIX, SCREENER, LiveError
 
 UID = str(uuid.uuid5(uuid.NAMESPACE_URL, f"mailto:{ADDRESS}?mailroom=0"))  # that Mailroom sends
@@ -48,9 +49,9 @@ class Live:
     def __init__(self, jmap: JMAP, options: argparse.Namespace, home: Path) -> None:
         self.jmap, self.patience, self.messages = jmap, options.patience, list[str]()
         self.mailroom = tools.Mailroom(options.program, home)
-        core, primary = jmap.session["capabilities"], jmap.session["primaryAccounts"]
+        core, primary = jmap.client.session_capabilities, jmap.session["primaryAccounts"]
         offers = (urn.removeprefix("urn:ietf:params:jmap:") for urn in sorted(core))
-        numbers = {k: v for k, v in core[tools.CORE].items() if isinstance(v, int)}
+        numbers = {k: v for k, v in core[mailroom.CORE].items() if isinstance(v, int)}
         self.facts = {
             "with": f"{self.mailroom.command('--version')[0]}, Python {platform.python_version()}",
             "offers": f"{', '.join(offers)}; accounts: {len({*primary.values()})}",
@@ -78,9 +79,9 @@ class Live:
             try:
                 found = self.jmap.call("Email/query", filter={key: value})["ids"]
                 self.facts[f"by {key}"] = f"finds {len(found)} of {len(self.messages)} messages"
-            except LiveError as error:
+            except MailroomError as error:
                 self.facts[f"by {key}"] = str(error)
-        with suppress(LiveError):  # not every server has it
+        with suppress(MailroomError):  # not every server has it
             self.wait(
                 "push", lambda: self.mailroom.logged("event stream: connected"), STREAM_SECONDS
             )
@@ -93,6 +94,7 @@ class Live:
         groups. `contact`: what Mailroom has to say of it."""
         say(what)
         begun, before = time.monotonic(), len(self.mailroom.logged("cycle done"))
+        asked = self.mailroom.requests()
         self.jmap.call("Email/set", update={self.messages[0]: {f"mailboxIds/{label}": True}})
         self.wait(f"the messages to be filed ({what})", lambda: self.places() == [{box: True}] * 2)
         seconds = time.monotonic() - begun
@@ -102,7 +104,10 @@ class Live:
         told = self.mailroom.logged("sender triaged" if groups else "triage undone")[-1].get(
             "contact"
         )
-        self.facts[what] = f"{seconds:.1f} s; cycles: {triggers}; contact: {told}"
+        requests = self.mailroom.requests() - asked
+        self.facts[what] = (
+            f"{seconds:.1f} s; {requests} requests; cycles: {triggers}; contact: {told}"
+        )
         if told != contact:
             raise LiveError(f"{what}: the contact is {told}, not {contact}; look for {ADDRESS}")
         if self.jmap.has_cards:
@@ -137,7 +142,7 @@ class Live:
             try:
                 if not (left := "; ".join(self.take_out())):
                     return ""
-            except (LiveError, KeyboardInterrupt) as error:
+            except (MailroomError, KeyboardInterrupt) as error:
                 left = str(error) or left
             gevent.sleep(n * n)
         return left
@@ -185,7 +190,7 @@ def perform(live: Live, seconds: float) -> int:
     listener = gevent.spawn(stream.run)
     try:
         live.run()
-    except (LiveError, KeyboardInterrupt) as error:
+    except (MailroomError, KeyboardInterrupt) as error:
         status, result = (1, str(error)) if str(error) else (130, "interrupted")
     finally:
         is_interruptible = False
@@ -223,7 +228,7 @@ def main() -> int:
             print(PLAN)
             if not options.yes and (not sys.stdin.isatty() or input('Type "yes": ') != "yes"):
                 raise LiveError("nothing has been done; --yes does it without asking")
-        except (mailroom.MailroomError, LiveError, EOFError, KeyboardInterrupt) as error:
+        except (MailroomError, EOFError, KeyboardInterrupt) as error:
             print(f"live: {error}", file=sys.stderr)
             return 2
         return perform(live, options.listen)

@@ -2,6 +2,7 @@
 again whatever happens, and what it tells has no secret in it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,6 +77,9 @@ def test_it_works_or_is_stopped_and_cleans_up(server: JMAPServer, until: str) ->
     status, output = run(server, "--yes", until=until)
     assert status == (0 if until in "-taking" else 130), output
     assert (WELL in output) == (status == 0)
+    assert status or re.search(r"^tap +\d\.\d s; [5-7] requests; cycles: push", output, re.M), (
+        output
+    )
     assert ("uid as sent, members the same" in output) == (until != "making"), output
 
 

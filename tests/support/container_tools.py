@@ -1,5 +1,5 @@
-"""What the tests of the container stand on: podman (or docker, if there is no podman), a base image
-where no registry can be reached, and the README's own command as the way containers are started.
+"""What the tests of the container stand on: podman, a base image where no registry can be reached,
+and the README's own command as the way containers are started.
 
 `MAKE_BASE=1` has the base image made of Debian's packages; `PYTHON_IMAGE` names another one.
 Containers and secrets have names of their own, and are gone after each test; images stay.
@@ -11,29 +11,40 @@ import json
 import os
 import re
 import shlex
-import shutil
 import ssl
 import subprocess
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from debian_root import make_root
-from jmap_server import JSON, JMAPServer
+from jmap_server import JSON, JMAPServer, Options
 from ports import free_port
 
 import mailroom
 
 ROOT = Path(mailroom.__file__).parent
 DEPLOY = ROOT / "tests" / "deploy"
-ENGINE = "podman" if shutil.which("podman") else "docker"
 IMAGE = "localhost/mailroom:test"
 SEARCHED = "/opt/venv/bin:/usr/bin:/bin"
-COMMAND_SECONDS = 300.0
+COMMAND_SECONDS, STOP_SECONDS = 300.0, 5.0
 NUMBERS = itertools.count()
+CONFINEMENT = """
+import json, os
+status = dict(line.split(":", 1) for line in open("/proc/1/status").read().splitlines())
+places = ["/", "/app", "/app/mailroom.py", "/etc", "/etc/passwd", "/usr", "/var", "/home"]
+print(json.dumps({
+    "program": os.path.basename(os.readlink("/proc/1/exe")).rstrip(".0123456789"),
+    "user": os.getuid(),
+    "capabilities": [int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd")],
+    "no new privileges": int(status["NoNewPrivs"]),
+    "writable": [place for place in places if os.access(place, os.W_OK)],
+}))
+"""
 
 
 # Commands
@@ -54,13 +65,8 @@ def do(*command: object, said: str | None = None) -> str:
     return done.stdout
 
 
-def engine(*words: object, said: str | None = None) -> str:
-    return do(ENGINE, *words, said=said)
-
-
-def podman_version() -> tuple[int, ...]:
-    version = engine("version", "-f", "{{.Client.Version}}")
-    return tuple(int(part) for part in version.split(".")[:2])
+def podman(*words: object, said: str | None = None) -> str:
+    return do("podman", *words, said=said)
 
 
 def unique_name() -> str:
@@ -76,7 +82,7 @@ def make_image(name: str, directory: Path, packages: str, hooks: Iterable[str] =
     archive = directory / "image.tar"
     options = [f"--customize-hook={hook}" for hook in hooks]
     make_root(archive, "essential", packages, *options, temporary=Path("/dev/shm"))  # noqa: S108
-    engine("import", "--change", f"ENV PATH={SEARCHED}", archive, name)
+    podman("import", "--change", f"ENV PATH={SEARCHED}", archive, name)
     archive.unlink()
     return name
 
@@ -105,9 +111,8 @@ def make_systemd(directory: Path) -> str:
 
 def build(base: str, tag: str, context: Path = ROOT, *options: object) -> str:
     """Build the image as the README has it, but for the base; its name."""
-    native = ["--format=docker", "--timestamp=0"] if ENGINE == "podman" else []
-    given = ["--network=host", "--build-arg", f"PYTHON_IMAGE={base}", *options]
-    engine("build", *native, *given, "-f", context / "Containerfile", "-t", tag, context)
+    given = ["--network=host", "--timestamp=0", "--build-arg", f"PYTHON_IMAGE={base}", *options]
+    podman("build", "--format=docker", *given, "-f", context / "Containerfile", "-t", tag, context)
     return tag
 
 
@@ -129,7 +134,7 @@ def littered(directory: Path, litter: Iterable[str]) -> None:
 
 def contents(image: str, directory: Path, below: int) -> list[tarfile.TarInfo]:
     """What the image's layers hold, but for the lowest ones."""
-    engine("save", "-o", directory / "image.tar", image)
+    podman("save", "-o", directory / "image.tar", image)
     found: list[tarfile.TarInfo] = []
     with tarfile.open(directory / "image.tar") as archive:
         manifest = json.load(archive.extractfile("manifest.json") or io.BytesIO())
@@ -141,7 +146,7 @@ def contents(image: str, directory: Path, below: int) -> list[tarfile.TarInfo]:
 
 
 def inspected(kind: str, name: str) -> JSON:
-    return dict(json.loads(engine(kind, "inspect", name))[0])
+    return dict(json.loads(podman(kind, "inspect", name))[0])
 
 
 # The README
@@ -160,6 +165,22 @@ def hardened() -> list[str]:
     return words[words.index("--read-only") : words.index("--secret")]
 
 
+def readme_restart() -> str:
+    """The option by which the README has a container started again."""
+    [option] = [word for word in readme_command("podman run -d") if "--restart" in word]
+    return option
+
+
+def run(*words: object) -> "subprocess.CompletedProcess[str]":
+    """A container, shut in like that and without a network, that has ended by itself."""
+    return call("podman", "run", "--rm", "--network=none", *hardened(), *words)
+
+
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    """What came of Python code in the image."""
+    return run("--entrypoint=python", IMAGE, "-c", code)
+
+
 # Containers
 
 
@@ -170,10 +191,6 @@ def settings_of(server: JMAPServer, **settings: object) -> dict[str, str]:
     return {f"MAILROOM_{name.upper()}": str(value) for name, value in given.items()}
 
 
-def options_of(settings: dict[str, str]) -> list[str]:
-    return [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
-
-
 @dataclass
 class Container:
     """A container that runs, or has run."""
@@ -182,7 +199,7 @@ class Container:
 
     @property
     def log(self) -> list[str]:
-        done = call(ENGINE, "logs", self.name)
+        done = call("podman", "logs", self.name)
         return (done.stdout + done.stderr).splitlines()
 
     @property
@@ -193,48 +210,39 @@ class Container:
     def runs(self) -> bool:
         return bool(self.state["Running"])
 
-    def run(self, code: str) -> str:
-        """What Python code prints that runs in the container."""
-        return engine("exec", self.name, "python", "-c", code)
+    def check_confinement(self, user: int) -> None:
+        """The program is Python, nobody in particular, and can write nowhere."""
+        assert json.loads(podman("exec", self.name, "python", "-c", CONFINEMENT)) == {
+            "program": "python",
+            "user": user,
+            "capabilities": [0, 0, 0],
+            "no new privileges": 1,
+            "writable": [],
+        }
 
     def health(self) -> int:
         """The status of the health check: 0 is healthy."""
-        if ENGINE == "podman":
-            return call("podman", "healthcheck", "run", self.name).returncode
-        check = inspected("container", self.name)["Config"]["Healthcheck"]["Test"][1:]
-        return call("docker", "exec", self.name, *check).returncode
+        return call("podman", "healthcheck", "run", self.name).returncode
 
     def strike(self, name: str) -> None:
         """Send the program a signal from outside, which the engine knows nothing of."""
         unshare = [] if os.getuid() == 0 else ["podman", "unshare"]
         do(*unshare, "kill", f"-{name}", self.state["Pid"])
 
-    def stop(self) -> tuple[float, int]:
-        """(the seconds it took to stop, the exit status)."""
+    def stop(self) -> None:
+        """It stops in time and in order."""
         begun = time.monotonic()
-        engine("stop", self.name)
-        return time.monotonic() - begun, int(self.state["ExitCode"])
+        podman("stop", self.name)
+        assert (self.state["ExitCode"], time.monotonic() - begun < STOP_SECONDS) == (0, True)
 
 
 @contextmanager
 def podman_secret(name: str, text: str) -> Iterator[None]:
-    engine("secret", "create", name, "-", said=text)
+    podman("secret", "create", name, "-", said=text)
     try:
         yield
     finally:
-        engine("secret", "rm", name)
-
-
-@contextmanager
-def secret(token: str, directory: Path) -> Iterator[list[str]]:
-    """The options with which a container has this token in /token."""
-    name = unique_name()
-    if ENGINE == "docker":  # which has secrets in swarms only
-        (directory / name).write_text(token)
-        yield ["-v", f"{directory / name}:/token:ro"]
-        return
-    with podman_secret(name, token):
-        yield ["--secret", f"{name},target=/token"]
+        podman("secret", "rm", name)
 
 
 @contextmanager
@@ -245,24 +253,26 @@ def removed(name: str) -> Iterator[Container]:
         yield container
     finally:
         print(name, *container.log, sep="\n")
-        call(ENGINE, "rm", "-f", name)
+        call("podman", "rm", "-f", name)
 
 
 @contextmanager
 def started(
-    settings: dict[str, str],
-    token: str,
-    directory: Path,
+    server: JMAPServer,
     *options: str,
-    network: Iterable[str] = ("--network=host",),
+    token: str = "",
+    network: str = "--network=host",
     arguments: Iterable[str] = (),
+    **settings: object,
 ) -> Iterator[Container]:
-    """A container, shut in as the README has it."""
-    given = [*options, "-e", "MAILROOM_JMAP_TOKEN_FILE=/token", *options_of(settings)]
-    with secret(token, directory) as mounted, removed(unique_name()) as container:
-        pull = [] if ENGINE == "docker" else ["--pull=never"]
-        words = ["run", "-d", "--name", container.name, *pull, *network]
-        engine(*words, *hardened(), *mounted, *given, IMAGE, *arguments)
+    """A container, shut in as the README has it, with a token in a secret: the server's own, if no
+    other is given."""
+    name = unique_name()
+    given = [f"-e={name}={value}" for name, value in settings_of(server, **settings).items()]
+    given += ["-e=MAILROOM_JMAP_TOKEN_FILE=/token", f"--secret={name},target=/token", *options]
+    with podman_secret(name, token or server.options.token), removed(name) as container:
+        words = ["run", "-d", f"--name={name}", "--pull=never", network, *hardened()]
+        podman(*words, *given, IMAGE, *arguments)
         yield container
 
 
@@ -284,33 +294,41 @@ def certificate(directory: Path, address: str) -> ssl.SSLContext:
     return context
 
 
-def tokens_seen(server: JMAPServer) -> set[str | None]:
-    """What the requests showed to be let in."""
-    return {request.headers.get("authorization") for request in server.requests}
+@contextmanager
+def two_accounts(**named: Any) -> Iterator[dict[str, JMAPServer]]:
+    """The servers of two people, each with a token."""
+    with ExitStack() as stack:
+        options = {n: Options(token=f"token-of-{n}", relative_urls=True) for n in ("alice", "bob")}
+        yield {
+            name: stack.enter_context(JMAPServer.with_mailroom_account(chosen, **named))
+            for name, chosen in options.items()
+        }
+
+
+def check_own(name: str, server: JMAPServer) -> None:
+    """A tap is carried out, with this person's token and no other."""
+    tap(server)
+    shown = {request.headers.get("authorization") for request in server.requests}
+    assert shown == {f"Bearer token-of-{name}"}
 
 
 # Units and YAML
 
 
-def config_map(name: str, settings: dict[str, str]) -> str:
-    """A ConfigMap in YAML, which JSON is a part of."""
-    head = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}}
-    return json.dumps({**head, "data": settings})
-
-
 @contextmanager
 def kube_secret(name: str, token: str) -> Iterator[None]:
     """A Secret as it is in its file, or for a podman before 4.4 as that reads it: undecoded."""
-    if podman_version() < (4, 4):
+    version = podman("version", "-f", "{{.Client.Version}}")
+    if tuple(map(int, version.split(".")[:2])) < (4, 4):
         with podman_secret(name, json.dumps({"data": {"token": token}})):
             yield
         return
     document = (DEPLOY / "mailroom.secret.yaml").read_text().replace("mailroom-alice", name)
-    engine("kube", "play", "-", said=document.replace("fmu1-...", token))
+    podman("kube", "play", "-", said=document.replace("fmu1-...", token))
     try:
         yield
     finally:
-        engine("secret", "rm", name)
+        podman("secret", "rm", name)
 
 
 def quadlet(workshop: Path) -> Path:
@@ -322,9 +340,11 @@ def quadlet(workshop: Path) -> Path:
 
 
 def verify(unit: Path) -> None:
-    """systemd has nothing to say about the unit."""
+    """systemd has nothing to say about the unit, which neither stays dead nor hammers."""
     done = call("systemd-analyze", "verify", "--man=no", unit)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    lines = {"Restart=always", "RestartSec=300", "StartLimitIntervalSec=0"}
+    assert lines <= set(unit.read_text().splitlines())
 
 
 def unit_command(unit: Path, instance: str, home: Path) -> list[str]:
@@ -342,7 +362,7 @@ class Systemd(Container):
     """A container in which systemd runs, with the program where the plain unit has it."""
 
     def sh(self, script: str) -> str:
-        return engine("exec", self.name, "sh", "-c", script)
+        return podman("exec", self.name, "sh", "-c", script)
 
     def give(self, account: str, token: str, settings: dict[str, str]) -> None:
         """Write the files of an account."""
@@ -357,7 +377,7 @@ class Systemd(Container):
 
     def ready(self) -> bool:
         """Whether all that is started at boot was started, well or not."""
-        done = call(ENGINE, "exec", self.name, "systemctl", "is-system-running")
+        done = call("podman", "exec", self.name, "systemctl", "is-system-running")
         return done.stdout.strip() in {"running", "degraded"}
 
 
@@ -368,7 +388,7 @@ def systemd(image: str) -> Iterator[Systemd]:
     with removed(unique_name()) as container:
         machine = Systemd(container.name)
         unit = DEPLOY / "mailroom@.service"
-        engine(
+        podman(
             *("run", "-d", "--name", machine.name, "--network=host", "--pull=never"),
             *("--privileged", "--systemd=always", "--cgroupns=host", "--stop-timeout=0"),
             # This and the word after systemd: hosts that have control groups of both versions.

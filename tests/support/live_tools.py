@@ -18,22 +18,21 @@ from email.policy import SMTP
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import gevent
-import requests
 import urllib3
 
+from mailroom import HTTPClient, MailroomError
+
 JSON = dict[str, Any]
-CORE, MAIL, CONTACTS = (f"urn:ietf:params:jmap:{name}" for name in ("core", "mail", "contacts"))
-TIMEOUT, QUIET, MAX_PAUSE, COMMAND_SECONDS, STOP_SECONDS = 60, 95, 60, 120, 10
+QUIET, MAX_PAUSE, COMMAND_SECONDS, STOP_SECONDS = 95, 60, 120, 10
 LOUD = ("warning", "error", "critical")
 # What is made in the account; whatever is called so is taken out again.
 PREFIX = "Mailroom test "
-SCREENER, FEED, JAIL = (PREFIX + name for name in ("Screener", "Feed", "Jail"))
-TO_FEED, TO_JAIL, UNDO = (PREFIX + name for name in ("@ToFeed", "@ToJail", "@ToScreener"))
-ERROR, WARNING, GROUP = (PREFIX + name for name in ("@Error", "@Warning", "made"))
-NAMES = {SCREENER, FEED, JAIL, TO_FEED, TO_JAIL, UNDO, ERROR, WARNING, GROUP}
+NAMES = [PREFIX + name for name in ("Screener", "Feed", "Jail", "@ToFeed", "@ToJail")]
+NAMES += [PREFIX + name for name in ("@ToScreener", "@Error", "@Warning", "made")]
+SCREENER, FEED, JAIL, TO_FEED, TO_JAIL, UNDO, ERROR, WARNING, GROUP = NAMES
 SENDER, ADDRESS = PREFIX + "sender", "sender@mailroom-test.example"
 KEYS = ("name", "label", "contact_group", "destination_mailbox")
 ROWS = ((FEED, TO_FEED, FEED, FEED), (JAIL, TO_JAIL, JAIL, JAIL))
@@ -52,74 +51,45 @@ OWN = {
 USERS = re.compile("(?!MAILROOM_).*|MAILROOM_((JMAP|CARDDAV)_.*|POLL_INTERVAL|DEBOUNCE_SECONDS)")
 
 
-class LiveError(Exception):
+class LiveError(MailroomError):
     """What did not happen, or cannot be done; one line without a secret."""
 
 
 class JMAP:
-    """The user's phone: one call at a time. Raises LiveError for whatever is not as it should."""
+    """The user's phone, which makes its calls one at a time, as Mailroom's own client does. Raises
+    MailroomError for whatever is not as it should."""
 
     def __init__(self, settings: mailroom.MailroomSettings) -> None:
-        self.settings, self.http, url = settings, self.new_http(settings), settings.jmap_url
-        is_bare = urlsplit(url).path in ("", "/")
-        url = urljoin(url, "/.well-known/jmap") if is_bare else url
-        reply = self._ask("the session", "GET", url)
-        self.session: JSON = reply.json()
-        named = {key: url for key, url in self.session.items() if key.endswith("Url") and url}
-        self.urls = {key: urljoin(reply.url, url) for key, url in named.items()}
-        hosts = {urlsplit(url)[:2] for url in [reply.url, *self.urls.values()]}
-        if len(hosts) > 1 and any(scheme != "https" for scheme, _ in hosts):
-            raise LiveError("the session names a URL that is not https")
-        offers = CONTACTS in self.session["primaryAccounts"]
-        self.has_cards = offers and not settings.carddav_username
+        self.settings, (self.client, _) = settings, mailroom.new_clients(settings)
+        self.client.connect()
+        self.http = self.new_http()
+        reply = self.http.request("GET", self.client.session_url, {})
+        self.session: JSON = json.loads(reply.body)
+        upload = self.session["uploadUrl"].replace("{accountId}", self.client.account_id)
+        self.upload_url = urljoin(reply.url, upload)
+        self.has_cards = bool(self.client.account(mailroom.CONTACTS))
+        self.has_cards &= not settings.carddav_username
 
-    @staticmethod
-    def new_http(settings: mailroom.MailroomSettings) -> requests.Session:
-        """A session with the credentials."""
-
-        def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            request.headers["Authorization"] = f"Bearer {settings.jmap_token}"
-            return request  # a header of the session would be replaced by what ~/.netrc has
-
-        http, login = requests.Session(), (settings.jmap_username, settings.jmap_token)
-        http.auth = login if settings.jmap_username else sign
-        http.trust_env = settings.jmap_url.startswith("https:")
-        http.verify = os.environ.get("SSL_CERT_FILE") or True
-        return http
-
-    def _ask(self, what: str, verb: str, url: str, **named: Any) -> requests.Response:
-        try:
-            reply = self.http.request(verb, url, timeout=TIMEOUT, **named)
-            reply.raise_for_status()
-            reply.json()
-        except (requests.RequestException, ValueError) as error:
-            said = getattr(error, "response", None)
-            status = "" if said is None else f" {said.status_code}"
-            raise LiveError(f"{what}: {type(error).__name__}{status}") from None
-        return reply
+    def new_http(self) -> HTTPClient:
+        """A connection with the credentials."""
+        auth = mailroom.credentials(self.settings.jmap_token, self.settings.jmap_username)
+        return HTTPClient(auth, "MAILROOM_JMAP_URL", mailroom.JMAP_REMEDY)
 
     def redact(self, text: str) -> str:
         """The text without what is nobody else's business."""
-        settings = self.settings
-        private = [settings.jmap_token, settings.carddav_password, self.session.get("username")]
-        private += [settings.jmap_username, settings.carddav_username, *self.session["accounts"]]
+        private: list[Any] = [self.settings.jmap_username, self.settings.carddav_username]
+        private += [self.session.get("username"), *self.session["accounts"]]
+        text = self.settings.redact(text)
         for secret in filter(None, private):
             text = text.replace(secret, "[secret]")
         return text
 
     def call(self, method: str, **arguments: Any) -> JSON:
         """The answer to a call in which no object was refused."""
-        urn = CONTACTS if method.startswith("ContactCard") else MAIL
-        given = {"accountId": self.session["primaryAccounts"][urn], **arguments}
-        body = {"using": [CORE, urn], "methodCalls": [[method, given, "0"]]}
-        reply = self._ask(method, "POST", self.urls["apiUrl"], json=body).json()
-        name, answer, _ = reply["methodResponses"][0]
-        refused = [answer.get(key) or {} for key in ("notCreated", "notUpdated", "notDestroyed")]
-        for error in (
-            [answer] if name == "error" else [e for all_ in refused for e in all_.values()]
-        ):
-            raise LiveError(f"{method}: {error.get('type')} {error.get('description') or ''}")
-        return dict(answer)
+        answer = self.client.call(method, arguments)
+        if refused := mailroom.set_errors(answer):
+            raise LiveError(f"{method}: {'; '.join(refused.values())}")
+        return answer
 
     def put(self, subject: str, mailbox: str) -> str:
         """The id of a new message of the made-up sender (RFC 8620 6.1, RFC 8621 4.8)."""
@@ -127,9 +97,9 @@ class JMAP:
         mail["From"], mail["Subject"], mail["Date"] = f"{SENDER} <{ADDRESS}>", subject, formatdate()
         mail["Message-ID"] = f"<{uuid.uuid4()}@mailroom-test.example>"
         mail.set_content("A message of Mailroom's own test, to be deleted.\n")
-        url = self.urls["uploadUrl"].replace("{accountId}", self.session["primaryAccounts"][MAIL])
         kind = {"Content-Type": "message/rfc822"}
-        blob = self._ask("upload", "POST", url, data=bytes(mail), headers=kind).json()["blobId"]
+        reply = self.http.request("POST", self.upload_url, kind, bytes(mail), accept=(200, 201))
+        blob = json.loads(reply.body)["blobId"]
         given = {"blobId": blob, "mailboxIds": {mailbox: True}, "keywords": {"$seen": True}}
         return str(self.call("Email/import", emails={"m": given})["created"]["m"]["id"])
 
@@ -161,31 +131,28 @@ class Stream:
     """What comes on the event stream, on a connection beside Mailroom's."""
 
     def __init__(self, jmap: JMAP) -> None:
-        self.http, url = jmap.new_http(jmap.settings), jmap.urls.get("eventSourceUrl", "")
+        url = jmap.client.event_source_url
+        self.http, self.url = jmap.new_http(), url and mailroom.expand_event_source_url(url)
         self.how, self.since, self.ends = "none is offered", 0.0, list[str]()
         self.events: Counter[str] = Counter()
-        values = {"types": "Email,Mailbox", "closeafter": "no", "ping": "30"}
-        if url and "{" not in url:
-            url += ("&" if "?" in url else "?") + "&".join(f"{key}={{{key}}}" for key in values)
-        self.url = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), url)
 
     def run(self) -> None:
         """Connect again and again, ever more slowly."""
         while self.url:
             end, self.since = "closed", 0.0
             try:
-                self._follow()
-            except (OSError, urllib3.exceptions.HTTPError) as error:
+                self._follow(self.url)
+            except (MailroomError, OSError, urllib3.exceptions.HTTPError) as error:
                 end = type(error).__name__
             stood = time.monotonic() - self.since if self.since else 0
             self.ends.append(f"{end} after {stood:.1f} s")
             self.since = 0.0
             gevent.sleep(min(2 ** len(self.ends), MAX_PAUSE))
 
-    def _follow(self) -> None:
+    def _follow(self, url: str) -> None:
         """Count what comes on one connection; nothing of the account's goes into the report."""
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        with self.http.get(self.url, headers=headers, stream=True, timeout=QUIET) as reply:
+        with self.http.open("GET", url, QUIET, range(600), headers=headers) as reply:
             shown = ("Content-Type", "Transfer-Encoding", "Content-Encoding")
             said = [reply.headers[name] for name in shown if name in reply.headers]
             self.how = ", ".join([f"HTTP {reply.status_code}", *said])
@@ -209,6 +176,15 @@ class Stream:
         events = ", ".join(f"{number} x {what}" for what, number in self.events.items())
         stood = "; ".join(self.ends + still)
         return {"stream": self.how, "stood": stood or "never", "events": events or "none"}
+
+
+# Mailroom as it is, with a line of urllib3's own log for each request.
+COUNTED = """import logging, runpy, sys
+logging.basicConfig()
+logging.getLogger("urllib3").setLevel("DEBUG")
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+REQUEST = re.compile(r"^DEBUG:urllib3\.connectionpool:http", re.MULTILINE)
 
 
 class Mailroom:
@@ -247,7 +223,8 @@ class Mailroom:
         Ctrl-C is for this program alone, which goes on to clean up."""
         given = {name: value for name, value in os.environ.items() if USERS.fullmatch(name)}
         given |= {f"MAILROOM_{name}": value for name, value in OWN.items()}
-        command: list[Any] = [sys.executable, self.program, *arguments]
+        counted = [] if arguments else ["-c", COUNTED]
+        command: list[Any] = [sys.executable, *counted, self.program, *arguments]
         with log.open("wb") as file:
             return subprocess.Popen(
                 command, env=given, stdout=file, stderr=file, start_new_session=True
@@ -273,6 +250,10 @@ class Mailroom:
     def present(self) -> list[str]:
         """What there is that is called like what is made here."""
         return [line for line in self.command("setup") if re.search(r"^there |: there is ", line)]
+
+    def requests(self) -> int:
+        """How many it has made."""
+        return len(REQUEST.findall(self.log.read_text(errors="replace")))
 
     def lines(self) -> list[JSON]:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -1,10 +1,11 @@
 """The program as a user starts it, and what can be seen of it from outside: what it logs, its
 health page and its exit status."""
 
+import mailroom  # noqa: I001  (its import is the monkey patch)
+
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import requests
-
-import mailroom
 
 PROGRAM = Path(mailroom.__file__)
 DEADLINE, STEP, STOP_SECONDS = 30.0, 0.05, 5.0
@@ -54,9 +53,9 @@ class Program:
 
     @property
     def health(self) -> dict[str, Any]:
-        """The health page."""
-        url = f"http://127.0.0.1:{self.health_port}/healthz"
-        return dict(requests.get(url, timeout=5).json())
+        """The health page, for which no proxy is asked."""
+        url, direct = f"http://127.0.0.1:{self.health_port}/healthz", {"http": ""}
+        return dict(requests.get(url, timeout=5, proxies=direct).json())
 
     def is_pushed(self, reconnects: int = 0) -> bool:
         """Whether there is a stream, and so often a new one."""
@@ -67,22 +66,20 @@ class Program:
 
     def stop(self) -> int:
         """Ask it to; the exit status."""
-        self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
         return self.process.wait(STOP_SECONDS)
 
 
 @contextmanager
-def program(output: Path, *arguments: str, **settings: object) -> Iterator[Program]:
+def program(
+    output: Path, *arguments: str, path: object = PROGRAM, **settings: object
+) -> Iterator[Program]:
     """The program as a user starts it; it is killed at the end if it has not ended."""
     variables = {f"MAILROOM_{name.upper()}": str(value) for name, value in settings.items()}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
+    command, environment = [sys.executable, str(path), *arguments], kept | variables
     with output.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *arguments],
-            env=kept | variables,
-            stdout=file,
-            stderr=file,
-        )
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
         yield Program(process, output, int(variables["MAILROOM_HEALTH_PORT"]))
     finally:
