@@ -1,0 +1,51 @@
+"""A link that has gone dead without a word (NAT, a laptop that slept): from then on every packet of
+the connections that stand is lost, and new ones work. As root, in a network of its own."""
+
+import mailroom  # noqa: F401, I001  (its import is the monkey patch)
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from jmap_server import JMAPServer, Options
+from tools import COUNTS, running
+
+DEBOUNCE, SECONDS = 3, 20
+
+
+def main() -> None:
+    """Print how many seconds it takes from a tap to filed; neither timer nor pings help."""
+    with (
+        JMAPServer.with_mailroom_account(Options.fastmail()) as server,
+        running(server, poll_interval=600, debounce_seconds=DEBOUNCE) as run,
+    ):
+        server.wait_for(lambda: server.streams)
+        run.wait_until_quiet()
+        standing = ["ss", "-tnH", "state", "established", "dport", f":{server.port}"]
+        listed = subprocess.run(standing, capture_output=True, text=True, check=True).stdout
+        ports = re.findall(r":(\d+) +\S+:\d+", listed)
+        for port, end in [(port, end) for port in ports for end in ("--sport", "--dport")]:
+            rule = ["-A", "INPUT", "-p", "tcp", end, port, "-j", "DROP"]
+            subprocess.run(["iptables", *rule], check=True)
+        tapped = server.account.deliver("Bob <bob@shop.example>", ["Screener", "@ToFeed"])
+        begun = time.monotonic()
+        server.wait_for(lambda: server.account.mailboxes_of(tapped) == {"Feed"}, 100)
+        print(time.monotonic() - begun)
+
+
+@pytest.mark.container
+def test_it_costs_a_tap_seconds() -> None:
+    itself = f"ip link set lo up && exec {sys.executable} -m {__name__}"
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["unshare", "-n", "sh", "-c", itself]
+    ran = subprocess.run(command, env=given, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    COUNTS["ms from a tap to filed after a dead link"] = int(float(ran.stdout) * 1000)
+    assert DEBOUNCE < float(ran.stdout) < SECONDS + DEBOUNCE
+
+
+if __name__ == "__main__":
+    main()
