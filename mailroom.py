@@ -941,6 +941,7 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0
 MAX_REPLY_SECONDS = 300.0
 MAX_BYTES = 8 * 2**20
 MAX_DAV_BYTES = 32 * 2**20  # a portion of whole cards, with their photos
+MAX_REDIRECTS = 5
 MAX_RETRY_AFTER = 600.0
 OK, BUSY = (200,), (401, 403, 429, 502, 503, 504)
 LIMIT_SECONDS = 60.0  # for a server that speaks of a limit without a time
@@ -1034,7 +1035,7 @@ class HTTPClient:
         `timeout` is for each read. Redirects are followed within the origin. Raises ServerError;
         ConfigurationError for what the credentials are not meant for, or refused by."""
         named |= {"timeout": (CONNECT_TIMEOUT, timeout), "allow_redirects": False}
-        for _ in range(5):
+        for _ in range(MAX_REDIRECTS):
             if not is_safe_url(url):
                 raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
             # Plain http goes to this machine only, which is nothing for a proxy to see.
@@ -1304,7 +1305,7 @@ class JMAPClient:
             decoded = json.loads(reply.body)
             said = {tag: (name, {**answer}) for name, answer, tag in decoded["methodResponses"]}
             answers = [said[str(n)] for n in range(len(calls))]
-        # Some servers do not have it in the session itself.
+        # What the first answer has is what later ones are compared with.
         state = decoded.get("sessionState")
         self.stale |= self._session.setdefault("sessionState", state) != state
         for (method, _), (name, answer) in zip(calls, answers, strict=True):
@@ -2356,20 +2357,24 @@ class Triage:
                     failed[plan.sender] = f"contact card {key}: {refused[key]}"
             going = [plan for plan in going if plan.sender not in failed]
         wrong, filed = self._file(going, condition)
-        arrived = Counter[str]()
         for plan in going:
             self.samples[FILED.format(plan.how)] += filed[plan.sender]
+        self._note_done([plan for plan in going if plan.sender not in wrong], filed)
+        return failed | wrong
+
+    def _note_done(self, plans: list[SenderPlan], filed: Mapping[str, int]) -> None:
+        """Count and log what has been done: a line for each tap, and one for all that arrived."""
+        arrived = Counter[str]()
+        for plan in plans:
             if not plan.is_tapped:
                 arrived[plan.how] += filed[plan.sender]
-            elif plan.sender not in wrong:
-                done = "undone" if plan.category.undoes else "triaged"
-                self.samples[f"senders_{done}_total"] += 1
-                level = logging.WARNING if plan.warning else logging.INFO
-                event = "triage undone" if plan.category.undoes else "sender triaged"
-                LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
-        if arrived:
+                continue
+            self.samples[f"senders_{'undone' if plan.category.undoes else 'triaged'}_total"] += 1
+            level = logging.WARNING if plan.warning else logging.INFO
+            event = "triage undone" if plan.category.undoes else "sender triaged"
+            LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
+        if arrived.total():
             LOG.info("new messages filed", extra=fields(**arrived))
-        return failed | wrong
 
     def _file(self, plans: list[SenderPlan], condition: Condition) -> tuple[Reasons, Counter[str]]:
         """File the messages of senders as their plans have it, and when nothing is left to file

@@ -103,6 +103,18 @@ def test_by_the_groups_of_the_contact(scene: Scene, groups: list[str], expected:
     assert scene.account.cards[contact] == card
 
 
+def test_two_unrelated_categories_are_told_once(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    know(scene, BOB, "Feed", "Imbox")
+    arrive(scene, BOB, "Screener")
+    with caplog.at_level("INFO", "mailroom"):
+        for _ in range(3):
+            scene.cycle()
+    [record] = [each for each in caplog.records if "several groups" in each.getMessage()]
+    assert record.fields == {"sender": BOB, "groups": "Imbox, Feed"}  # type: ignore[attr-defined]
+
+
 def test_what_strangers_cost(scene: Scene) -> None:
     """Two requests however many there are, and then one; until the contacts change."""
     mails = [scene.account.deliver(f"s{n}@x.example", ["Screener"]) for n in range(90)]
