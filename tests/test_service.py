@@ -347,7 +347,7 @@ def test_a_signal_while_the_program_starts_ends_it(
     (tmp_path / "gevent.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with JMAPServer.with_mailroom_account() as server, process(server, tmp_path / "log") as program:
-        server.wait_for(lambda: "here" in log_of(tmp_path))
+        server.wait_for(lambda: "here\n" in log_of(tmp_path))
         assert stopped(program, number)
         assert log_of(tmp_path) == "here\n"
 
