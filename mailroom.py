@@ -147,6 +147,7 @@ NAMES = ("screener_mailbox", *LABELS, "provenance_group")
 BLANKS = " \t\r\n\ufeff"
 QUOTED = re.compile(r"([\"'`]).*\1", re.DOTALL)
 SAFE_URL = "an https:// address (http:// only to this machine itself) without a user name"
+UNAMBIGUOUS_URL = re.compile(r"https?://[^\s\\@/?#]+([/?#][!-\[\]-~]*)?")
 HOW_TO_SIGN_IN = (
     "an API token, one word without `Bearer` before it (at Fastmail: Settings - Privacy & Security "
     "- Manage API tokens, scopes Email and Contacts), or a file's path in MAILROOM_JMAP_TOKEN_FILE"
@@ -177,15 +178,12 @@ def truncate(text: str, most: int) -> str:
 def is_safe_url(url: Any) -> bool:
     """Return whether a secret may be sent there: https, or plain http to a loopback address. A URL
     that programs may read in different ways is not safe, nor one with a secret in itself."""
-    if not re.fullmatch(r"https?://[^\s\\@/?#]+([/?#][!-\[\]-~]*)?", str(url)):
-        return False
-    try:
-        parts = urlsplit(url)
+    with suppress(ValueError):
+        parts = urlsplit(url if UNAMBIGUOUS_URL.fullmatch(str(url)) else "")
         host = parts.hostname or ""
         is_private = parts.scheme == "https" or host == "localhost" or ip_address(host).is_loopback
         return host != "" and parts.port != 0 and is_private
-    except ValueError:
-        return False
+    return False
 
 
 class Rule(NamedTuple):
@@ -268,10 +266,10 @@ class SettingsReader(FileAwareEnv):
         super().__init__(prefix=PREFIX)
         self.problems: list[str] = []
         self._keywords = {PREFIX + name.upper(): value for name, value in keywords.items()}
-        self._given: Any = ""  # the last value, as it was given
 
     def _get_value(self, env_key: str, default: Any) -> Any:
-        self._given, is_keyword = "", env_key in self._keywords
+        self._given: Any = ""  # kept for a complaint
+        is_keyword = env_key in self._keywords
         value = self._keywords[env_key] if is_keyword else super()._get_value(env_key, "")
         self._given = value.strip(BLANKS) if isinstance(value, str) else value
         return default if self._given == "" else self._given
@@ -349,16 +347,16 @@ class MailroomSettings:
         names = [(PREFIX + name.upper(), getattr(self, name)) for name in NAMES]
         names += [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
         taken = {"inbox": 'the Inbox, for which there is "add_to_inbox"'}
-        for what, name in names:
+        shared = [(f"{CATEGORIES}: {each.name}", each.destination_mailbox) for each in categories]
+        shared += [(f"{CATEGORIES}: {each.name}", each.contact_group) for each in categories]
+        for what, name in dict.fromkeys([*names, *shared]):
             if near_key(name) in taken:
                 yield f"{what}: the name {name!r} is taken by {taken[near_key(name)]}"
-            taken.setdefault(near_key(name), what)
+            elif (what, name) in names:
+                taken[near_key(name)] = what
         by_group = dict[str, Category]()
         for n, each in enumerate(categories):
             where, line = f"{CATEGORIES}: {each.name}", [each, *ancestors(each, categories)]
-            for name in dict.fromkeys([each.destination_mailbox, each.contact_group]):
-                if near_key(name) in taken:
-                    yield f"{where}: the name {name!r} is taken by {taken[near_key(name)]}"
             if parent := line[-1].parent:
                 yield f"{where}: there is no parent {parent}, or it is its own ancestor"
             if any(each.name == other.name for other in categories[:n]):
@@ -450,8 +448,6 @@ class LogFormatter(logging.Formatter):
 
 CREATED_NOTE = "Created by Mailroom"
 MARK = re.compile(CREATED_NOTE + r' on \d{4}-\d\d-\d\d as "([^\n]*)"')
-# For one address: a contact may have been given another one since, and keeps its uid.
-MAX_UIDS = 9
 MAX_NAME = 200
 # What stands behind the comma of a name that is not turned round.
 SUFFIXES = {"inc", "llc", "ltd", "gmbh", "ag", "co", "corp", "jr", "sr", "md", "phd"}
@@ -736,13 +732,13 @@ class Account:
         """Return the contact with this address: one in a category's group before others, then the
         oldest. Raises ValueError where one that has it cannot be understood."""
         found = [card for card in cards if address in card.emails and not card.is_group]
-        if bad := [card for card in found if card.problem]:
-            name = bad[0].name or bad[0].ref
-            raise ValueError(f'the card "{name}" with this address {bad[0].problem}')
+        for card in found:
+            if card.problem:
+                raise ValueError(f'the card "{card.name or card.ref}" {card.problem}')
         groups = [card for card in cards if card.group_name in self.group_names]
         grouped = {key for group in groups for key in group.members.values()}
         found.sort(key=lambda card: (not card.keys & grouped, card.created or "~", card.uid))
-        return next(iter(found), None)
+        return found[0] if found else None
 
     def known_as(self, address: str, cards: Iterable[Card]) -> list[Category]:
         """Return the categories in whose groups the contacts with this address are; a parent's is
@@ -779,16 +775,12 @@ def needs_of(settings: MailroomSettings) -> list[Need]:
     return list(dict.fromkeys([*needs, ("contact group", settings.provenance_group)]))
 
 
-def own_uids(what: str) -> list[str]:
-    """Return the uids of cards that Mailroom makes for a URI, `mailto:...` or `group:...`: always
-    the same, so that no server makes a card twice."""
-    return [str(uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom={n}")) for n in range(MAX_UIDS)]
-
-
 def own_uid(what: str, cards: Iterable[Card] = ()) -> str:
-    """Return the uid of a new card for a URI: the first that none of the cards has."""
-    taken = {uid_key(card.uid) for card in cards}
-    return next((uid for uid in own_uids(what) if uid not in taken), str(uuid.uuid4()))
+    """Return the uid of a card that Mailroom makes for a URI, `mailto:...` or `group:...`: always
+    the same, so that no server makes a card twice; unless one of the cards has it already, since a
+    contact that has been given another address keeps its uid."""
+    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom=0"))
+    return str(uuid.uuid4()) if any(uid_key(card.uid) == uid for card in cards) else uid
 
 
 @dataclass(frozen=True)
@@ -1007,15 +999,6 @@ def unbroken(url: str) -> Iterator[None]:
         raise ServerError(f"{url}: connection lost: {network_reason(error)}") from None
 
 
-class Reply(NamedTuple):
-    """A whole HTTP reply. `url`: where it came from, after redirects."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    url: str
-
-
 class HTTPClient:
     """Requests that carry the credentials to those they are meant for, and to no one else: over TLS
     that is verified, or to this machine itself. `setting`: the variable that names the server;
@@ -1066,8 +1049,8 @@ class HTTPClient:
 
     def request(
         self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Collection[int] = OK
-    ) -> Reply:
-        """Return a whole reply. Raises as `open` does."""
+    ) -> tuple[requests.Response, bytes]:
+        """Return a response and its whole body. Raises as `open` does."""
         if time.monotonic() - self._used > MAX_REST_SECONDS:
             self._session.close()  # It opens anew by itself.
         content, late = bytearray(), ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
@@ -1080,7 +1063,7 @@ class HTTPClient:
                         much = f"{url} sent more than {self._most:,} bytes"
                         raise ServerError(much, answered=True)
         self._used = time.monotonic()
-        return Reply(response.status_code, response.headers, bytes(content), response.url)
+        return response, bytes(content)
 
     def _refusal(self, response: requests.Response) -> MailroomError:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
@@ -1242,20 +1225,18 @@ class JMAPClient:
 
     def connect(self) -> None:
         """Fetch the session (RFC 8620 section 2). Raises ServerError, ConfigurationError."""
-        reply = self._http.request("GET", self.session_url, {"Accept": "application/json"})
+        reply, body = self._http.request("GET", self.session_url, {"Accept": "application/json"})
         media_type = reply.headers.get("Content-Type", "nothing").partition(";")[0]
         with understood(reply.url, f"it sends {media_type}; check MAILROOM_JMAP_URL"):
-            session = json.loads(reply.body)
+            session = json.loads(body)
             offered = session["capabilities"].get(CORE) or {}
             limits = {key: max(1, int(offered.get(key) or n)) for key, n in DEFAULT_LIMITS.items()}
             known, primary = session.get("accounts") or {}, session["primaryAccounts"].items()
             accounts = {urn: {**known.get(id_, {}), "id": id_} for urn, id_ in primary if id_}
             url = session["apiUrl"] = urljoin(reply.url, session["apiUrl"])
             events = session.get("eventSourceUrl") and urljoin(reply.url, session["eventSourceUrl"])
-        if MAIL not in accounts:
-            raise ConfigurationError(f"the token gives no access to mail. {JMAP_REMEDY}")
-        if accounts[MAIL].get("isReadOnly"):
-            raise ConfigurationError("the token may only read mail: make one that may write it")
+        if MAIL not in accounts or accounts[MAIL].get("isReadOnly"):
+            raise ConfigurationError(f"the token may not read and write mail. {JMAP_REMEDY}")
         if unsafe := [each for each in (url, events) if each and not is_safe_url(each)]:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
         self.session_capabilities, self.limits = session["capabilities"], limits
@@ -1300,9 +1281,9 @@ class JMAPClient:
             numbered.append([method, given, str(n)])
         body = json.dumps({"using": sorted(using), "methodCalls": numbered}).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        reply = self._http.request("POST", self._session["apiUrl"], headers, body)
+        reply, body = self._http.request("POST", self._session["apiUrl"], headers, body)
         with understood(reply.url):
-            decoded = json.loads(reply.body)
+            decoded = json.loads(body)
             said = {tag: (name, {**answer}) for name, answer, tag in decoded["methodResponses"]}
             answers = [said[str(n)] for n in range(len(calls))]
         # What the first answer has is what later ones are compared with.
@@ -1513,7 +1494,7 @@ def made_as(card: Card, addresses: Sequence[str], notes: Sequence[str]) -> list[
     what = f"mailto:{min(card.emails, default='')}"
     if card.is_group:
         kinds, what = ["group"], f"group:{card.name}"
-    return [replace(new, kind=kind) for kind in kinds if uid_key(card.uid) in own_uids(what)]
+    return [replace(new, kind=kind) for kind in kinds if uid_key(card.uid) == own_uid(what)]
 
 
 def jmap_new_card(change: CardChange, address_book: str) -> JSON:
@@ -1742,10 +1723,10 @@ class CardDAVContacts:
         body = f"<{root} {spaces}>{''.join(elements)}</{root}>".encode()
         headers = {"Content-Type": "application/xml; charset=utf-8", "Depth": depth}
         method = "PROPFIND" if root == "D:propfind" else "REPORT"
-        reply = self._http.request(method, url, headers, body, accept=(207,))
+        reply, answered = self._http.request(method, url, headers, body, accept=(207,))
         with understood(reply.url):
             # The expat that Python brings refuses entities that grow without bound.
-            answer = ElementTree.fromstring(reply.body)  # noqa: S314
+            answer = ElementTree.fromstring(answered)  # noqa: S314
             responses = answer.findall("{*}response")
             found = {urljoin(reply.url, dav_text(each, "href")): each for each in responses}
             return found, dav_text(answer, "sync-token")
@@ -1827,20 +1808,19 @@ class CardDAVContacts:
         if APPLE_KIND.lower() in text:
             # So Cyrus shows one of version 4.0, with members that are none, unless asked for it.
             accept = {"Accept": "text/vcard; version=4.0"}
-            text = self._http.request("GET", url, accept).body.decode()
+            text = self._http.request("GET", url, accept)[1].decode()
         text = edit_members(text, replace(change, add=change.add - refused.keys()))
         condition = {"If-Match": entry.etag} if entry else {"If-None-Match": "*"}
         headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
         method, body = ("DELETE", b"") if change.deletes else ("PUT", text.encode())
-        reply = self._http.request(method, url, headers, body, accept=CARD_ANSWERS)
+        reply, said = self._http.request(method, url, headers, body, accept=CARD_ANSWERS)
+        status = reply.status_code
         # Radicale deletes with a 200 that has a multistatus; any other may be some proxy's page.
-        is_page = reply.status == 200 and "xml" not in reply.headers.get("Content-Type", "")
-        if reply.status == 412 or is_page:
+        is_page = status == 200 and "xml" not in reply.headers.get("Content-Type", "")
+        if status == 412 or is_page:
             raise late
-        if reply.status not in (200, 201, 204) and (method, reply.status) != ("DELETE", 404):
-            refused[change.key] = (
-                f"HTTP {reply.status} {error_words(reply.headers, reply.body)}".strip()
-            )
+        if status not in (200, 201, 204) and (method, status) != ("DELETE", 404):
+            refused[change.key] = f"HTTP {status} {error_words(reply.headers, said)}".strip()
             return
         self._entries.pop(url, None)
         # A server that makes something else of a card tells no strong ETag (RFC 6352 section
@@ -2209,12 +2189,8 @@ class Triage:
             queries = [MAILBOXES, emails_where(in_any(account.queue), EMAILS_AT_ONCE)]
             queries.append(emails_where(in_any([account.screener]), NEWEST))
             if self.settings.screen_inbox:
-                recent = {
-                    "inMailbox": account.inbox,
-                    "after": self._start,
-                    "notKeyword": "$flagged",
-                }
-                queries.append(emails_where(recent, NEWEST))
+                recent = {"inMailbox": account.inbox, "after": self._start}
+                queries.append(emails_where(recent | {"notKeyword": "$flagged"}, NEWEST))
             calls, _ = self.contacts.questions(())
             answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
             boxes = parse_mailboxes(mailboxes)
@@ -2229,9 +2205,7 @@ class Triage:
         arrived = [email for part in found for email in part]
         return emails, [each for each in arrived if not each.mailboxes & account.marks]
 
-    def _isolated(
-        self, attempt: Attempt, senders: Collection[str], is_last_try: bool = False
-    ) -> Reasons:
+    def _isolated(self, attempt: Attempt, senders: Collection[str]) -> Reasons:
         """Do something for some senders; {sender: why it failed}. When that fails and the server is
         well, it is done again one sender at a time, so that the one at fault holds up no one else.
         Raises the error of a server that is in trouble or wants to be left alone."""
@@ -2240,13 +2214,16 @@ class Triage:
         except ServerError as error:
             if error.retry_after:
                 raise
-            if is_last_try:
-                return dict.fromkeys(senders, str(error))
             if not error.answered:
                 self._connect()  # It raises when it is the server that is at fault.
         failed = Reasons()
         for sender in senders:
-            failed |= self._isolated(attempt, [sender], is_last_try=True)
+            try:
+                failed |= attempt([sender])
+            except ServerError as error:
+                if error.retry_after:
+                    raise
+                failed[sender] = str(error)
         return failed
 
     def _ask(

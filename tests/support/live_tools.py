@@ -63,8 +63,8 @@ class JMAP:
         self.settings, (self.client, _) = settings, mailroom.new_clients(settings)
         self.client.connect()
         self.http = self.new_http()
-        reply = self.http.request("GET", self.client.session_url, {})
-        self.session: JSON = json.loads(reply.body)
+        reply, body = self.http.request("GET", self.client.session_url, {})
+        self.session: JSON = json.loads(body)
         upload = self.session["uploadUrl"].replace("{accountId}", self.client.account_id)
         self.upload_url = urljoin(reply.url, upload)
         self.has_cards = bool(self.client.account(mailroom.CONTACTS))
@@ -98,8 +98,9 @@ class JMAP:
         mail["Message-ID"] = f"<{uuid.uuid4()}@mailroom-test.example>"
         mail.set_content("A message of Mailroom's own test, to be deleted.\n")
         kind = {"Content-Type": "message/rfc822"}
-        reply = self.http.request("POST", self.upload_url, kind, bytes(mail), accept=(200, 201))
-        blob = json.loads(reply.body)["blobId"]
+        accept = (200, 201)
+        _, body = self.http.request("POST", self.upload_url, kind, bytes(mail), accept=accept)
+        blob = json.loads(body)["blobId"]
         given = {"blobId": blob, "mailboxIds": {mailbox: True}, "keywords": {"$seen": True}}
         return str(self.call("Email/import", emails={"m": given})["created"]["m"]["id"])
 
