@@ -165,11 +165,6 @@ def plain_name(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
 
 
-def near_key(text: str) -> str:
-    """Return what two names have in common that a person would take for the same."""
-    return plain_name(text).casefold()
-
-
 def truncate(text: str, most: int) -> str:
     """Return so much of the text that it has at most so many characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
@@ -350,10 +345,10 @@ class MailroomSettings:
         shared = [(f"{CATEGORIES}: {each.name}", each.destination_mailbox) for each in categories]
         shared += [(f"{CATEGORIES}: {each.name}", each.contact_group) for each in categories]
         for what, name in dict.fromkeys([*names, *shared]):
-            if near_key(name) in taken:
-                yield f"{what}: the name {name!r} is taken by {taken[near_key(name)]}"
+            if name.casefold() in taken:
+                yield f"{what}: the name {name!r} is taken by {taken[name.casefold()]}"
             elif (what, name) in names:
-                taken[near_key(name)] = what
+                taken[name.casefold()] = what
         by_group = dict[str, Category]()
         for n, each in enumerate(categories):
             where, line = f"{CATEGORIES}: {each.name}", [each, *ancestors(each, categories)]
@@ -361,7 +356,7 @@ class MailroomSettings:
                 yield f"{where}: there is no parent {parent}, or it is its own ancestor"
             if any(each.name == other.name for other in categories[:n]):
                 yield f"{where}: the name comes twice"
-            other = by_group.setdefault(near_key(each.contact_group), each)
+            other = by_group.setdefault(each.contact_group.casefold(), each)
             if other not in line and each not in ancestors(other, categories):
                 yield f"{where}: it shares the group {each.contact_group} with {other.name}"
 
@@ -674,7 +669,7 @@ class Account:
         for kind, name in needs_of(settings):
             names: Iterable[str] = self.groups if kind == "contact group" else ids
             if name not in names:
-                near = (each for each in names if near_key(each) == near_key(name))
+                near = (each for each in names if each.casefold() == name.casefold())
                 self.missing[kind, name] = next(near, "")
 
     def family(self, category: Category) -> list[Category]:
@@ -2048,7 +2043,7 @@ def read_account(
 
 AUTHENTICATION = "header:Authentication-Results:asText:all"
 EMAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt", AUTHENTICATION)
-SENDERS_AT_ONCE = 50
+SENDERS_AT_ONCE, SENDERS_IN_CYCLE = 50, 250
 EMAILS_AT_ONCE = 5000
 # Of the Screener, and of what has arrived in the Inbox.
 NEWEST = 100
@@ -2144,20 +2139,17 @@ class Triage:
 
     def run(self) -> Reasons:
         """Run one cycle; {sender: why it failed}. Raises MailroomError if it cannot be finished."""
-        half_time = time.monotonic() + CYCLE_DEADLINE / 2
         emails, arrived = self._read()
         self._own |= {each.sender for each in emails if each.mailboxes & self._account.outgoing}
         wanted, self._errors = self._account.resolve_labels(emails, self._own)
-        failed, is_late = Reasons(), False
-        # In any order: where a cycle runs out of time it is then not always for the same.
-        senders = random.sample(sorted(wanted), len(wanted))
+        failed = Reasons()
+        # In any order: those that are left over are then not always the same.
+        senders = random.sample(sorted(wanted), min(len(wanted), SENDERS_IN_CYCLE))
         for batch in batched(senders, SENDERS_AT_ONCE):
-            if is_late := time.monotonic() > half_time:
-                break
             failed |= self._isolated(partial(self._triage, wanted, emails), batch)
         going = wanted.keys() - self._errors.keys()
         self._mark(emails, going)
-        is_cut = is_late or len(emails) >= EMAILS_AT_ONCE
+        is_cut = len(wanted) > len(senders) or len(emails) >= EMAILS_AT_ONCE
         self.has_more = is_cut and bool(going - failed.keys()) and not self.say
         return failed | self._look_at([each for each in arrived if each.sender not in wanted])
 
@@ -2183,20 +2175,18 @@ class Triage:
         before the messages are read again."""
         if self.client.stale:
             self._connect()
-        lacking = self._lacking
-        while True:
-            account = self._account
-            queries = [MAILBOXES, emails_where(in_any(account.queue), EMAILS_AT_ONCE)]
-            queries.append(emails_where(in_any([account.screener]), NEWEST))
-            if self.settings.screen_inbox:
-                recent = {"inMailbox": account.inbox, "after": self._start}
-                queries.append(emails_where(recent | {"notKeyword": "$flagged"}, NEWEST))
-            calls, _ = self.contacts.questions(())
-            answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
-            boxes = parse_mailboxes(mailboxes)
-            self._take(Account(self.settings, boxes, account.groups.values()))
-            if self._account.queue == account.queue:
-                break
+        lacking, account = self._lacking, self._account
+        queries = [MAILBOXES, emails_where(in_any(account.queue), EMAILS_AT_ONCE)]
+        queries.append(emails_where(in_any([account.screener]), NEWEST))
+        if self.settings.screen_inbox:
+            recent = {"inMailbox": account.inbox, "after": self._start}
+            queries.append(emails_where(recent | {"notKeyword": "$flagged"}, NEWEST))
+        calls, _ = self.contacts.questions(())
+        answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
+        boxes = parse_mailboxes(mailboxes)
+        self._take(Account(self.settings, boxes, account.groups.values()))
+        if self._account.queue != account.queue:
+            return self._read()
         totals = {each.id: each.total for each in self._account.mailboxes}
         self.samples["screener_messages"] = totals.get(account.screener, 0)
         self.samples["error_messages"] = totals.get(account.error, 0)
@@ -2334,22 +2324,22 @@ class Triage:
                     failed[plan.sender] = f"contact card {key}: {refused[key]}"
             going = [plan for plan in going if plan.sender not in failed]
         wrong, filed = self._file(going, condition)
-        for plan in going:
-            self.samples[FILED.format(plan.how)] += filed[plan.sender]
-        self._note_done([plan for plan in going if plan.sender not in wrong], filed)
+        self._note_done(going, filed, wrong)
         return failed | wrong
 
-    def _note_done(self, plans: list[SenderPlan], filed: Mapping[str, int]) -> None:
+    def _note_done(self, plans: list[SenderPlan], filed: Counter[str], failed: Reasons) -> None:
         """Count and log what has been done: a line for each tap, and one for all that arrived."""
         arrived = Counter[str]()
         for plan in plans:
-            if not plan.is_tapped:
-                arrived[plan.how] += filed[plan.sender]
-                continue
-            self.samples[f"senders_{'undone' if plan.category.undoes else 'triaged'}_total"] += 1
-            level = logging.WARNING if plan.warning else logging.INFO
             event = "triage undone" if plan.category.undoes else "sender triaged"
-            LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
+            count = filed[plan.sender]
+            self.samples[FILED.format(plan.how)] += count
+            if not plan.is_tapped:
+                arrived[plan.how] += count
+            elif plan.sender not in failed:
+                self.samples[f"senders_{event.split()[1]}_total"] += 1
+                level = logging.WARNING if plan.warning else logging.INFO
+                LOG.log(level, event, extra=fields(**plan.summary(count)))
         if arrived.total():
             LOG.info("new messages filed", extra=fields(**arrived))
 
@@ -2478,12 +2468,6 @@ class Health:
         return [] if method == "HEAD" else [octets]
 
 
-class HealthHandler(gevent.pywsgi.WSGIHandler):
-    def _handle_client_error(self, error: Exception) -> Any:
-        """Refuse a request. gevent prints a traceback of too many headers, as of no ValueError."""
-        return super()._handle_client_error(ValueError(str(error)))  # type: ignore[misc]
-
-
 # The service ######################################################################################
 
 SAY_AGAIN_SECONDS = 3600.0
@@ -2538,10 +2522,9 @@ class Service:
 
     def _serve_health(self) -> None:
         host, port = self._settings.health_host, self._settings.health_port
-        how: JSON = {"handler_class": HealthHandler, "spawn": HEALTH_CLIENTS}
-        how |= {"log": None, "error_log": None}
+        quiet: JSON = {"log": None, "error_log": None, "spawn": HEALTH_CLIENTS}
         try:
-            gevent.pywsgi.WSGIServer((host, port), self.health, **how).serve_forever(0)
+            gevent.pywsgi.WSGIServer((host, port), self.health, **quiet).serve_forever(0)
         except (OSError, ValueError) as error:
             where = f"MAILROOM_HEALTH_HOST={host!r}, MAILROOM_HEALTH_PORT={port} (0: none)"
             raise ConfigurationError(f"{where}: {network_reason(error)}; give others") from None
@@ -2554,13 +2537,10 @@ class Service:
             LOG.info("the server has no push: polling")
         while not (url := client.event_source_url):
             gevent.sleep(settings.poll_interval)
-        sse_listener(
-            *(settings.jmap_token, url, self._queue, self.shutdown, LOG),
-            username=settings.jmap_username,
-            current_url=lambda: client.event_source_url,
-            status=self.health.stream,
-            on_open=lambda: self._queue.put("connected"),
-        )
+        more: JSON = {"username": settings.jmap_username, "status": self.health.stream}
+        more["current_url"] = lambda: client.event_source_url
+        more["on_open"] = lambda: self._queue.put("connected")
+        sse_listener(settings.jmap_token, url, self._queue, self.shutdown, LOG, **more)
 
     def _cycles(self) -> None:
         trigger = "startup"
@@ -2659,25 +2639,19 @@ def make_missing(
 ) -> Iterator[tuple[Need, str]]:
     """Make what the account lacks, unless it has a near name; yield each thing, and why it was
     refused, if it was."""
-    lacking = [need for need, near in account.missing.items() if not near]
-    boxes = [need for need in lacking if need[0] != "contact group"]
     ids = {each.path: each.id for each in account.mailboxes}
-    refused, create = dict[str, str](), dict[str, JSON]()
-    for n, (_, path) in enumerate(boxes):
+    for need in [need for need, near in account.missing.items() if not near]:
+        kind, path = need
         above, _, name = path.rpartition("/")
-        if above and above not in ids:
-            refused[f"m{n}"] = f'there is no mailbox "{above}"'
+        if kind == "contact group":
+            new = CardChange(uid=own_uid(f"group:{path}", cards), kind="group", name=path)
+            refused = contacts.apply({new.key: new})
+        elif above and above not in ids:
+            refused = {"": f'there is no mailbox "{above}"'}
         else:
-            create[f"m{n}"] = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
-    for part in batched(create.items(), client.limits["maxObjectsInSet"]):
-        refused |= set_errors(client.call("Mailbox/set", {"create": dict(part)}))
-    for n, need in enumerate(boxes):
-        yield need, refused.get(f"m{n}", "")
-    groups = {own_uid(f"group:{need[1]}", cards): need for need in lacking if need not in boxes}
-    new = {uid: CardChange(uid=uid, kind="group", name=groups[uid][1]) for uid in groups}
-    refused = contacts.apply(new)
-    for uid, need in groups.items():
-        yield need, refused.get(uid, "")
+            box = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
+            refused = set_errors(client.call("Mailbox/set", {"create": {"new": box}}))
+        yield need, "".join(refused.values())
 
 
 def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list[JSON]:
@@ -2883,10 +2857,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def perform(arguments: Sequence[str]) -> int:
     """Run the command; the exit status. Raises what is no MailroomError."""
-    given = list(arguments)
-    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
-        given.insert(0, "run")
-    options = command_line().parse_args(given)
+    is_bare = not arguments or arguments[0] in ("--once", "--dry-run")
+    options = command_line().parse_args(["run", *arguments] if is_bare else arguments)
     redact: Callable[[str, int], str] = truncate  # until the secrets are known
     try:
         settings = MailroomSettings()
