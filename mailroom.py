@@ -141,8 +141,7 @@ class ServerError(MailroomError):
 PREFIX = "MAILROOM_"
 CATEGORIES = "MAILROOM_TRIAGE_CATEGORIES"
 SECRETS = ("jmap_token", "carddav_password")
-LABELS = ("label_mailroom_error", "label_mailroom_warning", "label_undo")
-NAMES = ("screener_mailbox", *LABELS, "provenance_group")
+NAMES = ("screener_mailbox", "label_", "provenance_group")  # So these settings begin.
 # What stands around a value by accident: blanks, and the byte order mark of an editor.
 BLANKS = " \t\r\n\ufeff"
 QUOTED = re.compile(r"([\"'`]).*\1", re.DOTALL)
@@ -198,12 +197,11 @@ PASSWORD = Rule("str", TEXT.is_valid, "the password of the user, on one line, or
 POLL = Rule("float", lambda value: 0.01 <= value <= 86400, "seconds, 0.01 to 86400")
 DEBOUNCE = Rule("float", lambda value: 0 <= value <= 600, "seconds, 0 to 600")
 PORT = Rule("int", lambda value: 0 <= value <= 65535, "a port, or 0 for none")
-LEVEL = Rule(
-    "str", re.compile("debug|info|warning|error").fullmatch, "debug, info, warning or error"
-)
-FORMAT = Rule("str", re.compile("json|text").fullmatch, "json or text")
+LEVELS = ("debug", "info", "warning", "error")
+LEVEL = Rule("str", LEVELS.__contains__, "debug, info, warning or error")
+FORMAT = Rule("str", ("json", "text").__contains__, "json or text")
 LIST = Rule("json", lambda value: isinstance(value, list) and value, "a JSON list of categories")
-KIND = Rule("str", lambda value: value in ("company", "person"), "company or person")
+KIND = Rule("str", ("company", "person").__contains__, "company or person")
 CATEGORY_KEYS = {"name": NAME, "label": NAME, "contact_group": NAME, "destination_mailbox": NAME}
 CATEGORY_KEYS |= {"parent": TEXT, "contact_type": KIND, "add_to_inbox": FLAG, "mark_read": FLAG}
 UNKNOWN_KEY = Rule("", lambda _: False, f"one of the keys {', '.join(CATEGORY_KEYS)}")
@@ -339,7 +337,7 @@ class MailroomSettings:
     def _conflicts(self) -> Iterator[str]:
         """Yield a line for each thing wrong between settings that are good by themselves."""
         categories = self.triage_categories
-        names = [(PREFIX + name.upper(), getattr(self, name)) for name in NAMES]
+        names = [(PREFIX + k.upper(), v) for k, v in vars(self).items() if k.startswith(NAMES)]
         names += [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
         taken = {"inbox": 'the Inbox, for which there is "add_to_inbox"'}
         shared = [(f"{CATEGORIES}: {each.name}", each.destination_mailbox) for each in categories]
@@ -469,11 +467,10 @@ def address_key(text: str) -> str:
         return ""
     lowered = "".join(letter.lower() if letter.isascii() else letter for letter in text)
     local, _, domain = lowered.rpartition("@")
-    if not domain.isascii():
-        with suppress(UnicodeError):
-            encoded = domain.encode("idna")
-            # The codec takes some letters for others, such as the Kelvin sign for a k.
-            domain = encoded.decode() if encoded.decode("idna") == domain else domain
+    with suppress(UnicodeError):
+        encoded = domain.encode("idna")
+        # The codec takes some letters for others, such as the Kelvin sign for a k.
+        domain = encoded.decode() if encoded.decode("idna") == domain else domain
     return f"{local}@{domain}"
 
 
@@ -739,7 +736,7 @@ class Account:
         """Return the categories in whose groups the contacts with this address are; a parent's is
         left to its child."""
         contacts = [card for card in cards if address in card.emails and not card.is_group]
-        keys = {key for card in contacts for key in card.keys}
+        keys = set[str]().union(*(card.keys for card in contacts))
         groups = {card.group_name for card in cards if card.members_among(keys)}
         held = [each for each in self.categories if each.contact_group in groups]
         above = {parent.name for each in held for parent in ancestors(each, self.categories)}
@@ -747,9 +744,8 @@ class Account:
 
     def deletions(self, contacts: Iterable[Card], cards: Iterable[Card]) -> CardChanges:
         """Return the changes that delete untouched contacts that are in no group of the user's."""
-        groups = [card for card in cards if card.is_group]
-        foreign = [group for group in groups if group.group_name not in self.own_names]
-        used = {key for group in foreign for key in group.members.values()}
+        foreign = [card for card in cards if card.group_name not in self.own_names]
+        used = {key for card in foreign for key in card.members.values()}
         made = [card for card in contacts if card.is_untouched and card.is_ours]
         return {c.ref: CardChange(c, deletes=True) for c in made if c.keys.isdisjoint(used)}
 
@@ -1034,9 +1030,8 @@ class HTTPClient:
             source = url
             with understood(source):
                 url = urljoin(source, response.headers["Location"])
-                if source.startswith("https:"):
-                    # A server behind a TLS proxy may say http where it means https.
-                    url = re.sub("^http:", "https:", url)
+                # A server behind a TLS proxy may say http where it means https.
+                url = re.sub("^http:", f"{urlsplit(source).scheme}:", url)
                 if self._session.should_strip_auth(source, url):  # type: ignore[no-untyped-call]
                     hint = f"if that is right, put it into {self._setting}"
                     raise ConfigurationError(f"{source} redirects to {url}: {hint}")
@@ -1064,9 +1059,8 @@ class HTTPClient:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
         credentials, nor does a web page, which some proxy made."""
         status, headers, body, wait = response.status_code, response.headers, b"", 0.0
-        with response, suppress(*BROKEN):
+        with response, suppress(*BROKEN, *MALFORMED):
             body = response.raw.read(2**16, decode_content=True)
-        with suppress(urllib3.exceptions.InvalidHeader, *MALFORMED):
             wait = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))
         said = error_words(headers, body)
         if not wait and status in BUSY:
@@ -2065,8 +2059,8 @@ def parse_email(raw: JSON, senders: Collection[str] = ()) -> Email | None:
     senders, or if there are none. The sender is the first From that is an address; a name has
     nothing in it that could end a line."""
     authors = [each or {} for each in raw.get("from") or []]
-    found = [each for each in authors if address_key(each.get("email") or "")]
-    author = found[0] if found else {"email": ""}
+    found = (each for each in authors if address_key(each.get("email") or ""))
+    author = next(found, {"email": ""})
     sender = address_key(author["email"])
     if senders and sender not in senders:
         return None
