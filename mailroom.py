@@ -57,7 +57,6 @@ monkey.patch_all()
 
 import argparse
 import difflib
-import io
 import json
 import logging
 import quopri
@@ -220,10 +219,7 @@ class Category:
     contact_type: str = "company"
     add_to_inbox: bool = False
     mark_read: bool = False
-
-    @property
-    def undoes(self) -> bool:
-        return not self.name
+    undoes: bool = False
 
 
 def parse_categories(entries: Iterable[Any]) -> tuple[tuple[Category, ...], list[str]]:
@@ -369,7 +365,7 @@ class MailroomSettings:
     @property
     def undo(self) -> Category:
         """What the undo label asks for: no group, and the Screener."""
-        return Category("", self.label_undo, "", self.screener_mailbox)
+        return Category("", self.label_undo, "", self.screener_mailbox, undoes=True)
 
     def redact(self, text: str, most: int = 0) -> str:
         """Return the text with every secret blotted out, and only then cut to so many characters.
@@ -424,8 +420,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         redact, level = self._settings.redact, record.levelname.lower()
         values = {"event": record.getMessage(), **getattr(record, "fields", {})}
-        for key, value in values.items():
-            values[key] = redact(value, MAX_SHOWN) if isinstance(value, str) else value
+        values = {k: redact(v, MAX_SHOWN) if isinstance(v, str) else v for k, v in values.items()}
         trace = redact(self.formatException(record.exc_info)) if record.exc_info else ""
         if self._settings.log_format == "json":
             values |= {"traceback": trace} if trace else {}
@@ -939,6 +934,7 @@ for _name in filter(socket.__dict__.get, KEEPALIVE):  # Not every system has all
     HTTPConnection.default_socket_options.append(_option)
 BROKEN = (urllib3.exceptions.HTTPError, OSError, ValueError)  # requests' errors are OSErrors
 Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
+Statuses = Collection[int]
 
 
 class Adapter(HTTPAdapter):
@@ -1002,20 +998,17 @@ class HTTPClient:
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
         self._session.mount("https://", Adapter())
 
-    def open(
-        self, method: str, url: str, timeout: float | None, accept: Collection[int], **named: Any
-    ) -> requests.Response:
-        """Return a response with one of the statuses to accept, whose body is not read yet;
-        `timeout` is for each read. Redirects are followed within the origin. Raises ServerError;
-        ConfigurationError for what the credentials are not meant for, or refused by."""
-        named |= {"timeout": (CONNECT_TIMEOUT, timeout), "allow_redirects": False}
+    def open(self, method: str, url: str, accept: Statuses, **named: Any) -> requests.Response:
+        """Return a response with one of the statuses to accept, whose body is not read yet.
+        Redirects are followed within the origin. Raises ServerError; ConfigurationError for what
+        the credentials are not meant for, or refused by."""
         for _ in range(MAX_REDIRECTS):
             if not is_safe_url(url):
                 raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
             # Plain http goes to this machine only, which is nothing for a proxy to see.
             self._session.trust_env = url.startswith("https:")
             try:
-                response = self._session.request(method, url, **named)
+                response = self._session.request(method, url, allow_redirects=False, **named)
             except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, TypeError):
                 # What the error says may hold the proxy's password.
                 reason = f"{url}, or the proxy in HTTPS_PROXY, is not a valid URL"
@@ -1045,7 +1038,8 @@ class HTTPClient:
             self._session.close()  # It opens anew by itself.
         content, late = bytearray(), ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
         with gevent.Timeout(MAX_REPLY_SECONDS, late):
-            response = self.open(method, url, READ_TIMEOUT, accept, headers=headers, data=body)
+            timeout = CONNECT_TIMEOUT, READ_TIMEOUT
+            response = self.open(method, url, accept, headers=headers, data=body, timeout=timeout)
             with response, unbroken(response.url):
                 for chunk in response.raw.stream(decode_content=True):
                     content += chunk
@@ -1886,7 +1880,8 @@ def stream_events(http: HTTPClient, url: str) -> Iterator[Any]:
     headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
     with gevent.Timeout(ANSWER_TIMEOUT, ServerError(f"timed out after {ANSWER_TIMEOUT:g} s")):
         url = expand_event_source_url(url)
-        response = http.open("GET", url, None, (200, 204), headers=headers)
+        timeout = (CONNECT_TIMEOUT, None)
+        response = http.open("GET", url, (200, 204), headers=headers, timeout=timeout)
     with response:
         media_type = response.headers.get("Content-Type", "")
         if response.status_code == 204:
@@ -1898,7 +1893,7 @@ def stream_events(http: HTTPClient, url: str) -> Iterator[Any]:
 
 
 def follow(
-    connect: Callable[[], Iterator[Any]], shutdown_event: Any, log: Any, status: StreamStatus
+    http: HTTPClient, url: Callable[[], str], shutdown_event: Any, log: Any, status: StreamStatus
 ) -> Iterator[Any]:
     """Connect again and again, and yield all that comes."""
     retry, opened, attempt, logged = 0.0, 0.0, 0, set[str]()
@@ -1914,7 +1909,7 @@ def follow(
     while not shutdown_event.is_set():
         error: MailroomError | None = None
         try:
-            for event in connect():
+            for event in stream_events(http, url()):
                 if event is None:
                     status.reconnect_count += bool(opened)
                     status.status, status.connected_since = "connected", now_iso()
@@ -1957,11 +1952,9 @@ def sse_listener(
     it is known; `on_open` is called for each connection made."""
     http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
 
-    def connect() -> Iterator[Any]:
-        return stream_events(http, current_url() or event_source_url)
-
     def listen() -> None:
-        for event in follow(connect, shutdown_event, log or LOG, status or StreamStatus()):
+        rest = shutdown_event, log or LOG, status or StreamStatus()
+        for event in follow(http, lambda: current_url() or event_source_url, *rest):
             if event is None:
                 on_open()
             elif event.event == "state":
@@ -2470,10 +2463,9 @@ SAY_AGAIN_SECONDS = 3600.0
 def drain_queue(queue: Any) -> int:
     """Empty a queue without waiting; how many items were dropped."""
     dropped = 0
-    with suppress(gevent.queue.Empty):
-        while True:
-            queue.get_nowait()
-            dropped += 1
+    while not queue.empty():
+        queue.get_nowait()
+        dropped += 1
     return dropped
 
 
@@ -2609,9 +2601,10 @@ class Service:
 PROGRAM = "python mailroom.py"
 
 
-def print_line(settings: MailroomSettings, text: str) -> None:
-    """Print a line for a person, without secrets and without commands to the terminal."""
-    print(one_line(settings.redact(text)), flush=True)
+def print_lines(settings: MailroomSettings, *texts: str) -> None:
+    """Print lines for a person, without secrets and without commands to the terminal."""
+    for text in texts:
+        print(one_line(settings.redact(text)), flush=True)
 
 
 def needs_in_lines(account: Account) -> Iterator[str]:
@@ -2622,10 +2615,9 @@ def needs_in_lines(account: Account) -> Iterator[str]:
         yield f'missing  {kind} "{name}"' + (f': there is "{near}", rename it' if near else "")
     for need in [need for need in needs_of(account.settings) if need not in account.missing]:
         yield f'there    {need[0]} "{need[1]}"'
-    roles = {each.id: each.role for each in account.mailboxes}
-    for name, box in account.destinations.items():
-        if roles[box] in ("trash", "junk", "archive"):
-            yield f"note: undo and reset take messages of {name} out of the {roles[box]}"
+    for box in account.mailboxes:
+        if box.id in account.destinations.values() and box.role in ("trash", "junk", "archive"):
+            yield f"note: undo and reset take triaged messages out of the {box.role}"
 
 
 def make_missing(
@@ -2669,14 +2661,11 @@ def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list
     def fromin(group: str) -> str:
         return f"fromin:{json.dumps(group, ensure_ascii=False)}"
 
-    staying: dict[str, set[str]] = defaultdict(set)
-    for one in categories:
-        for each in [one, *ancestors(one, categories)] if one.add_to_inbox else []:
-            staying[each.contact_group].add(one.contact_group)
     rules = []
     for each in categories:
-        group, stay = each.contact_group, staying[each.contact_group]
-        box = each.destination_mailbox
+        group, box = each.contact_group, each.destination_mailbox
+        lines = [[one, *ancestors(one, categories)] for one in categories if one.add_to_inbox]
+        stay = {one[0].contact_group for one in lines if group in {e.contact_group for e in one}}
         rules.append(rule(group, fromin(group), box, not stay, each.mark_read))
         if stay and group not in stay:
             search = " NOT ".join(map(fromin, [group, *sorted(stay)]))
@@ -2698,7 +2687,7 @@ def write_rules(account: Account, file: str) -> int:
             print(rules, file=opened)
     except OSError as error:  # It may be there already, and not be ours.
         raise ConfigurationError(f"--fastmail-rules {file!r}: {error.strerror}") from None
-    print_line(account.settings, f"{file}: import it in Settings - Filters & Rules, once.")
+    print_lines(account.settings, f"{file}: import it in Settings - Filters & Rules, once.")
     return 0
 
 
@@ -2710,19 +2699,18 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     if options.fastmail_rules:
         return write_rules(account, options.fastmail_rules)
     pushes = "yes" if client.event_source_url else "no, so it is polled"
-    print_line(settings, f"{client.session_url}; push: {pushes}")
-    for line in needs_in_lines(account):
-        print_line(settings, line)
+    facts = f"{client.session_url}; push: {pushes}"
+    print_lines(settings, facts, *needs_in_lines(account))
     left = len(account.missing) + (not account.inbox)
     verdict = "Nothing has been changed" if left else "There is nothing to do"
     if left and options.apply:
         options.begun = True
         for (kind, name), why in make_missing(client, contacts, account, cards):
             done = f'refused  {kind} "{name}": {why}' if why else f'made     {kind} "{name}"'
-            print_line(settings, done)
+            print_lines(settings, done)
             left -= not why
         verdict = "Not all of it could be made" if left else "All is there"
-    print_line(settings, f"{verdict}. Next: {PROGRAM}{' setup --apply' if left else ''}")
+    print_lines(settings, f"{verdict}. Next: {PROGRAM}{' setup --apply' if left else ''}")
     return 1 if left else 0
 
 
@@ -2769,23 +2757,20 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
     full = [each for each in account.mailboxes if each.id in own and each.total]
     lines = [*steps.values(), *(f'empty "{box.path}", messages: {box.total:,}' for box in full)]
     if not lines:
-        print_line(settings, "There is nothing to do.")
+        print_lines(settings, "There is nothing to do.")
         return 0
     safe = "No message and no mailbox is deleted. Take the account's rules out first."
-    for line in [*lines, safe]:
-        print_line(settings, line)
+    print_lines(settings, *lines, safe)
     again = f"Next: {PROGRAM} reset --apply"
     if not options.apply or not (options.yes or is_confirmed()):
-        print_line(settings, f"Nothing has been changed. {again}")
+        print_lines(settings, f"Nothing has been changed. {again}")
         return 0
     options.begun = True
     refused = {steps[key]: why for key, why in contacts.apply(changes).items()}
     left = take_out(client, own, account)
     refused |= {f"message {id_}": why for id_, why in left.items()}
-    for what, why in refused.items():
-        print_line(settings, f"refused  {what}: {why}")
     verdict = f"Not all could be done. {again}" if refused else "Mailroom is out of the account."
-    print_line(settings, verdict)
+    print_lines(settings, *map("refused  {}: {}".format, refused, refused.values()), verdict)
     return 1 if refused else 0
 
 
@@ -2804,7 +2789,7 @@ SHUTDOWN_SECONDS = 4
 
 def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: serve, or do one cycle; the exit status. Raises ConfigurationError."""
-    say = cache(partial(print_line, settings))  # a dry run prints what is news
+    say = cache(partial(print_lines, settings))  # a dry run prints what is news
     service = Service(settings, once=options.once, say=say if options.dry_run else None)
 
     def stop(*_: object) -> None:
@@ -2818,7 +2803,7 @@ def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, stop)
     status = service.run()
     if options.dry_run and options.once and not (status or say.cache_info().currsize):
-        print_line(settings, "There is nothing to do.")
+        print_lines(settings, "There is nothing to do.")
     return status
 
 
@@ -2831,7 +2816,6 @@ def command_line() -> argparse.ArgumentParser:
     layout: JSON = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     layout["epilog"] = __doc__[__doc__.index("examples:") :]
     parser = argparse.ArgumentParser("mailroom.py", description=about, **layout)
-    parser.set_defaults(begun=False)
     parser.add_argument("--version", action="version", version=f"Mailroom {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     flag: JSON = {"action": "store_true"}
@@ -2864,10 +2848,9 @@ def perform(arguments: Sequence[str]) -> int:
             LOG.warning(warning)
         if options.command != "run":  # The service has its own.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return COMMANDS[options.command](settings, options)
     except MailroomError as error:
-        helps = options.begun and not error.is_lasting
+        helps = getattr(options, "begun", False) and not error.is_lasting
         again = ". Run it again: it does what is left" if helps else ""
         for problem in error.problems:
             print(f"mailroom: {one_line(redact(problem + again, MAX_SHOWN))}", file=sys.stderr)
@@ -2879,8 +2862,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started this has closed it
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (open to the end)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # Not every terminal knows every letter.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # Not every terminal knows every letter.
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
     # Or gevent would print it.
     gevent.get_hub().NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
     try:

@@ -153,7 +153,7 @@ class Stream:
     def _follow(self, url: str) -> None:
         """Count what comes on one connection; nothing of the account's goes into the report."""
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        with self.http.open("GET", url, QUIET, range(600), headers=headers) as reply:
+        with self.http.open("GET", url, range(600), headers=headers, timeout=QUIET) as reply:
             shown = ("Content-Type", "Transfer-Encoding", "Content-Encoding")
             said = [reply.headers[name] for name in shown if name in reply.headers]
             self.how = ", ".join([f"HTTP {reply.status_code}", *said])
