@@ -1,25 +1,23 @@
 """Messages of senders about whom something has been decided are filed without a tap: what lies in
 the Screener always, what arrives in the Inbox with MAILROOM_SCREEN_INBOX; and nobody is fought."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 from homes import EmbeddedHome, furnished, once, run, tap_new
-from jmap_server import Fault, Options
+from jmap_server import Fault
+from test_triage import Make, every_server
 from tools import SERVERS, Scene, parse_metrics, running
 
 from mailroom import MailroomError
 
 BOB, EVE, ANN = "bob@shop.example", "eve@evil.example", "ann@x.example"
 LATER = "2099-01-01T00:00:00Z"
-CATEGORIES: list[Any] = [
-    {"name": "Imbox", "add_to_inbox": True},
-    {"name": "Feed", "mark_read": True},
-]
-CATEGORIES += ["Paper Trail", {"name": "Billboard", "parent": "Paper Trail"}]
-Make = Callable[..., Options]
+CATEGORIES: list[Any] = [{"name": "Imbox", "add_to_inbox": True}]
+CATEGORIES += [{"name": "Feed", "mark_read": True}, "Paper Trail"]
+CATEGORIES += [{"name": "Billboard", "parent": "Paper Trail"}]
 
 
 def know(scene: Scene, address: str = BOB, *groups: str) -> str:
@@ -35,23 +33,9 @@ def arrive(scene: Scene, sender: str = BOB, *boxes: str, **more: Any) -> str:
     return scene.account.deliver(sender, boxes or ["Inbox"], received_at=LATER, **more)
 
 
-def boxes(scene: Scene, mail: str) -> set[str]:
-    return scene.account.mailboxes_of(mail)
-
-
-@pytest.fixture(params=[*SERVERS.values()], ids=[*SERVERS])
+@pytest.fixture(params=SERVERS.values(), ids=[*SERVERS])
 def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
     with Scene(request.param(), triage_categories=CATEGORIES) as scene:
-        scene.server.requests.clear()
-        yield scene
-
-
-@pytest.fixture(params=[*SERVERS.values()], ids=[*SERVERS])
-def screener(request: pytest.FixtureRequest) -> Iterator[Scene]:
-    """With a screener for the Inbox."""
-    with Scene(
-        request.param(), takes_back=True, screen_inbox=True, triage_categories=CATEGORIES
-    ) as scene:
         yield scene
 
 
@@ -74,45 +58,45 @@ def test_in_every_store(home: EmbeddedHome) -> None:
     assert (home.where()[later], home.where()[friend]) == ({"Feed"}, {"Screener"})
 
 
-@pytest.mark.parametrize(
-    ("groups", "expected"),
-    [
-        (["Imbox"], {"Imbox", "Inbox"}),
-        (["Feed"], {"Feed"}),
-        (["Billboard"], {"Billboard", "Paper Trail"}),
-        (["Paper Trail", "Billboard"], {"Billboard", "Paper Trail"}),
-        (["Paper Trail"], {"Paper Trail"}),
-        (["Feed", "Imbox"], {"Screener"}),
-        (["Mailroom"], {"Screener"}),
-    ],
-    ids=str,
-)
-def test_by_the_groups_of_the_contact(scene: Scene, groups: list[str], expected: set[str]) -> None:
-    """In the most special category, without a warning and without a change of the contact."""
-    contact = know(scene, BOB, *groups)
-    card = scene.account.cards[contact]
-    mail, tapped = (
-        arrive(scene, f"Another Name <{BOB}>", "Screener"),
-        arrive(scene, EVE, "Screener"),
-    )
+GROUPS: dict[tuple[str, ...], set[str]] = {
+    # the groups of a contact: where the messages go
+    ("Imbox",): {"Imbox", "Inbox"},
+    ("Feed",): {"Feed"},
+    ("Billboard",): {"Billboard", "Paper Trail"},
+    ("Paper Trail", "Billboard"): {"Billboard", "Paper Trail"},
+    ("Paper Trail",): {"Paper Trail"},
+    ("Feed", "Imbox"): {"Screener"},
+    ("Mailroom",): {"Screener"},
+}
+
+
+def test_what_lies_in_the_screener(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """Goes into the most special category, without a warning and without a change of the contact.
+    Two unrelated categories are told once; the user's own messages and marked ones stay."""
+    caplog.set_level("INFO", "mailroom")
+    tapped, expected = arrive(scene, EVE, "Screener"), dict[str, set[str]]()
     scene.tap(tapped, "@ToFeed")
-    assert scene.cycle() == {}
-    assert boxes(scene, mail) == expected
-    assert ("$seen" in scene.account.mails[mail].keywords) == (expected == {"Feed"})
-    assert scene.account.mails[tapped].keywords == {"$seen"}
-    assert scene.account.cards[contact] == card
-
-
-def test_two_unrelated_categories_are_told_once(
-    scene: Scene, caplog: pytest.LogCaptureFixture
-) -> None:
-    know(scene, BOB, "Feed", "Imbox")
-    arrive(scene, BOB, "Screener")
-    with caplog.at_level("INFO", "mailroom"):
-        for _ in range(3):
-            scene.cycle()
+    for n, (groups, filed) in enumerate(GROUPS.items()):
+        know(scene, f"s{n}@x.example", *groups)
+        expected[arrive(scene, f"Another Name <s{n}@x.example>", "Screener")] = filed
+    know(scene, scene.server.options.username)
+    expected[arrive(scene, scene.server.options.username, "Screener")] = {"Screener"}
+    know(scene)
+    for sender in (BOB, EVE):  # without the setting the Inbox is left alone
+        expected[arrive(scene, sender)] = {"Inbox"}
+    marked = ["Screener", "@MailroomWarning"]
+    expected[arrive(scene, BOB, *marked)] = {*marked}
+    cards = {**scene.account.cards}
+    for _ in range(3):
+        assert scene.cycle() == {}
+    for mail, filed in {**expected, tapped: {"Feed"}}.items():
+        assert scene.account.mailboxes_of(mail) == filed
+        assert ("$seen" in scene.account.mails[mail].keywords) == (filed == {"Feed"})
+    people = cards.keys() - scene.account.groups
+    assert {id_: scene.account.cards[id_] for id_ in people} == {id_: cards[id_] for id_ in people}
     [record] = [each for each in caplog.records if "several groups" in each.getMessage()]
-    assert record.fields == {"sender": BOB, "groups": "Imbox, Feed"}  # type: ignore[attr-defined]
+    told = {"sender": "s5@x.example", "groups": "Imbox, Feed"}
+    assert record.fields == told  # type: ignore[attr-defined]
 
 
 def test_what_strangers_cost(scene: Scene) -> None:
@@ -125,9 +109,7 @@ def test_what_strangers_cost(scene: Scene) -> None:
     assert counts == [2, 1, 1]
     know(scene, "s7@x.example")
     scene.cycle()
-    assert [boxes(scene, mail) for mail in mails] == [
-        {"Feed"} if n == 7 else {"Screener"} for n in range(90)
-    ]
+    assert scene.boxes(mails) == [{"Feed"} if n == 7 else {"Screener"} for n in range(90)]
 
 
 @pytest.mark.parametrize("how", ["known", "tap"])
@@ -138,13 +120,13 @@ def test_what_the_user_takes_back_is_not_filed_again(scene: Scene, how: str) -> 
     else:
         know(scene)
     scene.cycle()
-    assert boxes(scene, mail) == {"Feed"}
+    assert scene.account.mailboxes_of(mail) == {"Feed"}
     scene.account.move(mail, "Screener")
     know(scene, ANN)  # the contacts have changed, too
     scene.cycle()
     other = arrive(scene, BOB, "Screener")
     scene.cycle()
-    assert (boxes(scene, mail), boxes(scene, other)) == ({"Screener"}, {"Feed"})
+    assert scene.boxes([mail, other]) == [{"Screener"}, {"Feed"}]
 
 
 def test_what_the_user_drags_out_while_it_is_filed(scene: Scene) -> None:
@@ -163,17 +145,7 @@ def test_what_the_user_drags_out_while_it_is_filed(scene: Scene) -> None:
         with suppress(MailroomError):
             scene.cycle()
         scene.heal()
-        assert boxes(scene, mail) in ({"Feed"}, {"Feed", "Mine"})
-
-
-def test_the_users_own_and_what_is_marked_stay(scene: Scene) -> None:
-    know(scene, scene.server.options.username)
-    know(scene)
-    own = arrive(scene, scene.server.options.username, "Screener")
-    marked = arrive(scene, BOB, "Screener", "@MailroomWarning")
-    scene.cycle()
-    assert boxes(scene, own) == {"Screener"}
-    assert boxes(scene, marked) == {"Screener", "@MailroomWarning"}
+        assert scene.account.mailboxes_of(mail) in ({"Feed"}, {"Feed", "Mine"})
 
 
 def test_a_group_that_is_missing_and_comes_back(scene: Scene) -> None:
@@ -181,31 +153,30 @@ def test_a_group_that_is_missing_and_comes_back(scene: Scene) -> None:
     scene.lose("Paper Trail")
     mail = arrive(scene, BOB, "Screener")
     assert scene.cycle() == {}
-    assert boxes(scene, mail) == {"Screener"}
+    assert scene.account.mailboxes_of(mail) == {"Screener"}
     scene.make("Paper Trail")
     scene.cycle()
     scene.cycle()
-    assert boxes(scene, mail) == {"Billboard", "Paper Trail"}
+    assert scene.account.mailboxes_of(mail) == {"Billboard", "Paper Trail"}
 
 
 def test_ten_minutes_of_arrivals() -> None:
     """500 messages of 300 strangers and 20 known senders, over push, in scaled time."""
     with Scene() as scene, running(scene.server, poll_interval=86400, debounce_seconds=0.05) as run:
         scene.most_idle = 2  # Its own triage has not seen what the service has done.
-        account = scene.account
         for n in range(20):
-            account.join_group("Feed", account.add_contact(f"k{n}@x.example", "Known"))
+            know(scene, f"k{n}@x.example")
         scene.server.wait_for(lambda: scene.server.streams)
         run.wait_until_quiet()
         start, before, senders = len(scene.server.requests), run.cycles, {}
         for n in range(500):
             sender = f"k{n % 20}@x.example" if n % 5 == 0 else f"s{n % 300}@x.example"
-            senders[account.deliver(sender, ["Screener"])] = sender
+            senders[scene.account.deliver(sender, ["Screener"])] = sender
             if n % 5 == 4:
                 run.wait_for_cycles(1)
         run.wait_until_quiet()
-        for mail, sender in senders.items():
-            assert boxes(scene, mail) == ({"Feed"} if sender[0] == "k" else {"Screener"})
+        filed = [{"Feed"} if sender[0] == "k" else {"Screener"} for sender in senders.values()]
+        assert scene.boxes(senders) == filed
         requests = scene.server.requests[start:]
         writes = [request for request in requests if "Email/set" in request.methods]
         assert len(writes) <= 100
@@ -218,44 +189,30 @@ def test_ten_minutes_of_arrivals() -> None:
 # In the Inbox
 
 
-def test_what_arrives_in_the_inbox(screener: Scene) -> None:
-    scene = screener
-    for address, group in ((BOB, "Feed"), (ANN, "Imbox")):
-        know(scene, address, group)
-    scene.account.add_group("Friends", [scene.account.add_contact("pal@x.example", "Pal")])
-    before = scene.account.deliver(EVE, ["Inbox"])
-    expected = {
-        arrive(scene, BOB): {"Feed"},
-        arrive(scene, ANN): {"Imbox", "Inbox"},
-        arrive(scene, EVE): {"Screener"},
-        arrive(scene, "pal@x.example"): {"Inbox"},
-        arrive(scene, scene.server.options.username): {"Inbox"},
-        arrive(scene, "nobody"): {"Inbox"},
-        arrive(scene, EVE, "Inbox", keywords=["$flagged"]): {"Inbox"},
-        arrive(scene, EVE, "Inbox", "Mine"): {"Inbox", "Mine"},
-        before: {"Inbox"},
-    }
-    assert scene.cycle() == {}
-    assert {mail: boxes(scene, mail) for mail in expected} == expected
-    stranger = [*expected][2]
-    scene.account.move(stranger, "Inbox")
-    know(scene, "other@x.example")
-    scene.cycle()
-    assert boxes(scene, stranger) == {"Inbox"}
-
-
-def test_a_stranger_who_is_put_into_a_group(screener: Scene) -> None:
-    """After the message has been put into the Screener."""
-    mail = arrive(screener, EVE)
-    screener.cycle()
-    assert boxes(screener, mail) == {"Screener"}
-    know(screener, EVE)
-    screener.cycle()
-    assert boxes(screener, mail) == {"Feed"}
-
-
-def test_without_the_setting_the_inbox_is_left_alone(scene: Scene) -> None:
-    know(scene)
-    mails = [arrive(scene, BOB), arrive(scene, EVE)]
-    scene.cycle()
-    assert [boxes(scene, mail) for mail in mails] == [{"Inbox"}] * 2
+@every_server
+def test_what_arrives_in_the_inbox(options: Make) -> None:
+    changes: dict[str, Any] = {"screen_inbox": True, "triage_categories": CATEGORIES}
+    with Scene(options(), takes_back=True, **changes) as scene:
+        for address, group in ((BOB, "Feed"), (ANN, "Imbox")):
+            know(scene, address, group)
+        scene.account.add_group("Friends", [scene.account.add_contact("pal@x.example", "Pal")])
+        before = scene.account.deliver(EVE, ["Inbox"])
+        stranger, later_known = arrive(scene, EVE), arrive(scene, "new@x.example")
+        expected = {
+            stranger: {"Screener"},
+            later_known: {"Screener"},
+            arrive(scene, BOB): {"Feed"},
+            arrive(scene, ANN): {"Imbox", "Inbox"},
+            arrive(scene, "pal@x.example"): {"Inbox"},
+            arrive(scene, scene.server.options.username): {"Inbox"},
+            arrive(scene, "nobody"): {"Inbox"},
+            arrive(scene, EVE, "Inbox", keywords=["$flagged"]): {"Inbox"},
+            arrive(scene, EVE, "Inbox", "Mine"): {"Inbox", "Mine"},
+            before: {"Inbox"},
+        }
+        assert scene.cycle() == {}
+        assert {mail: scene.account.mailboxes_of(mail) for mail in expected} == expected
+        scene.account.move(stranger, "Inbox")
+        know(scene, "new@x.example")
+        scene.cycle()
+        assert scene.boxes([stranger, later_known]) == [{"Inbox"}, {"Feed"}]
