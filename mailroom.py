@@ -1071,8 +1071,7 @@ class HTTPClient:
 
 def at_well_known(url: str, service: str) -> str:
     """Return where a service is asked for: a bare origin at the well-known place (RFC 8615)."""
-    is_bare = urlsplit(url).path in ("", "/")
-    return urljoin(url, f"/.well-known/{service}") if is_bare else url
+    return urljoin(url, f"/.well-known/{service}") if urlsplit(url).path in ("", "/") else url
 
 
 def network_reason(error: BaseException) -> str:
@@ -2699,8 +2698,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     if options.fastmail_rules:
         return write_rules(account, options.fastmail_rules)
     pushes = "yes" if client.event_source_url else "no, so it is polled"
-    facts = f"{client.session_url}; push: {pushes}"
-    print_lines(settings, facts, *needs_in_lines(account))
+    print_lines(settings, f"{client.session_url}; push: {pushes}", *needs_in_lines(account))
     left = len(account.missing) + (not account.inbox)
     verdict = "Nothing has been changed" if left else "There is nothing to do"
     if left and options.apply:
@@ -2767,8 +2765,7 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
         return 0
     options.begun = True
     refused = {steps[key]: why for key, why in contacts.apply(changes).items()}
-    left = take_out(client, own, account)
-    refused |= {f"message {id_}": why for id_, why in left.items()}
+    refused |= {f"message {id_}": why for id_, why in take_out(client, own, account).items()}
     verdict = f"Not all could be done. {again}" if refused else "Mailroom is out of the account."
     print_lines(settings, *map("refused  {}: {}".format, refused, refused.values()), verdict)
     return 1 if refused else 0

@@ -205,7 +205,9 @@ def test_an_encoded_body_is_decoded(server: JMAPServer) -> None:
 
 
 CONNECT = b'event: state\ndata: {"type": "connect"}\n\n'
-FAILURES: dict[str, Fault] = {
+OK = HEAD.removesuffix(b"\r\n")
+ENDS: dict[str, Fault | bytes] = {
+    # what a server does, or the bytes of one that does not speak HTTP
     "a server error": refused(500),
     "a reset": Fault("stream", drop=True),
     "an end at once": sse(b""),
@@ -221,11 +223,6 @@ FAILURES: dict[str, Fault] = {
     "no answer": Fault("stream", hang=True),
     "a line without an end": sse(itertools.repeat(b"x" * 1000)),
     "a block without an end": sse(itertools.repeat(b"data: x\n" * 125)),
-}
-
-
-OK = HEAD.removesuffix(b"\r\n")
-NO_HTTP: dict[str, bytes] = {
     "another protocol": b"SSH-2.0-Nonsense\r\n\r\n",
     "no number": b"HTTP/1.1 abc\r\n\r\n",
     "too many headers": OK + b"X: y\r\n" * 1000 + b"\r\n",
@@ -233,35 +230,36 @@ NO_HTTP: dict[str, bytes] = {
     "an odd place": b"HTTP/1.1 302 Moved\r\nLocation: //\xff\xfe[\r\n\r\n",
     "no chunks": CHUNKED + b"ZZ\r\nx",
     "half a chunk": CHUNKED + b"ff\r\n:",
+    "a chunk beyond reason": CHUNKED + b"f" * 400 + b"\r\nx",
+    "less than no chunk": CHUNKED + b"-5\r\nx",
+    "a redirect into a file": refused(302, Location="file:///etc/passwd"),
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("name", ENDS)
 def test_every_end_backs_off_as_the_schedule_says(server: JMAPServer, name: str) -> None:
     mailroom.ANSWER_TIMEOUT = 0.05 if name == "no answer" else 5.0  # for this test only
-    listener = listen(server, len(SCHEDULE), FAILURES[name])
+    end = ENDS[name]
+    if isinstance(end, Fault):
+        listener = listen(server, len(SCHEDULE), end)
+    else:
+        with Peer(at_once(end)) as peer:
+            listener = Listener(peer.url, Shutdown(len(SCHEDULE))).join()
     assert listener.shutdown.delays == SCHEDULE
     assert listener.queue.qsize() == (len(SCHEDULE) if "event" in name else 0)
-    assert len(listener.troubles) == 1, "it is news once"
-    assert ("text/html" in listener.troubles[0]) == (name == "HTML")
+    [trouble] = listener.troubles  # it is news once
+    assert listener.texts("WARNING") == [trouble]
+    assert ("text/html" in trouble) == (name == "HTML")
     assert "".join(record.getMessage() for record in listener.records).isprintable()
     assert (listener.status.status, listener.status.connected_since) == ("disconnected", None)
     assert listener.status.last_error
-
-
-@pytest.mark.parametrize("name", NO_HTTP)
-def test_a_server_that_does_not_speak_http_backs_off_too(name: str) -> None:
-    with Peer(at_once(NO_HTTP[name])) as peer:
-        listener = Listener(peer.url, Shutdown(9)).join()
-    assert listener.shutdown.delays == SCHEDULE
-    assert all(record.getMessage().isprintable() for record in listener.records)
 
 
 def test_trouble_is_logged_once_until_it_changes(server: JMAPServer) -> None:
     """No server at all is trouble, too."""
     listener = listen(server, 6, *down(2), refused(404), *down(1), refused(404), sse(b""))
     assert [re.findall(r"HTTP (\d+)", text) for text in listener.troubles] == [["500"], ["404"], []]
-    assert (len(listener.troubles), len(listener.texts("INFO"))) == (3, 1)
+    assert len(listener.texts("INFO")) == 1
     listener = Listener("http://127.0.0.1:1/", Shutdown(len(SCHEDULE))).join()
     assert listener.shutdown.delays == SCHEDULE
     [trouble] = listener.troubles
@@ -274,67 +272,54 @@ def test_the_back_off_starts_over_only_after_a_stream_has_stood(
 ) -> None:
     assert (mailroom.PROVEN_SECONDS, mailroom.QUIET_LIMIT, mailroom.PING_SECONDS) == (60, 90, 30)
     monkeypatch.setattr(mailroom, "PROVEN_SECONDS", proven)
-
-    faults = [*down(3), *(sse(slowly(*[STATE] * 6)) for _ in range(3))]
-    listener = listen(server, 6, *faults)
+    listener = listen(server, 6, *down(3), *(sse(slowly(*[STATE] * 6)) for _ in range(3)))
     assert listener.shutdown.delays == [1, 2, 4, *after]
-    if proven < 1:
-        assert len(listener.troubles) == 1, "the end of one that has stood is routine"
-        assert len(listener.texts("INFO")) == 1
+    if proven < 1:  # the end of one that has stood is routine
+        assert (len(listener.troubles), len(listener.texts("INFO"))) == (1, 1)
+
+
+LATE, EARLY = "Wed, 21 Oct 2099 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:00 GMT"
+WAITS: list[tuple[list[str], list[float]]] = [
+    # what a stream has in it, or a busy server in its Retry-After; and the pauses that follow
+    (["retry: 3000", "retry:0000003000", "retry: 3000\n\nretry: nonsense"], [3, 6, 12, 24, 48, 60]),
+    (["retry: 45000"], [45, 60, 60, 60, 60, 60]),
+    (["retry: 3600000", f"retry: {'9' * 6000}"], [60] * 6),
+    ([f"retry: {n}" for n in ("0", "x", "-3000", "+3000", "3e3", "3. ", "٣٠٠٠")], SCHEDULE[:6]),
+    (["7"], [7, 7, 7, 8, 16]),
+    (["90"], [90] * 5),
+    (["9" * 30, LATE], [600] * 5),
+    (["", "0", "-7", "7.5", "soon", "Wed, 99 Oct 2099", EARLY], SCHEDULE[:5]),
+]
+
+
+@pytest.mark.parametrize(("texts", "pauses"), WAITS, ids=lambda value: ascii(value[0])[:30])
+def test_a_server_says_how_long_it_is_left_alone(
+    server: JMAPServer, texts: list[str], pauses: list[float]
+) -> None:
+    for text in texts:
+        ways = [[refused(status, **{"Retry-After": text})] for status in (429, 503)]
+        if text.startswith("retry"):
+            ways = [[sse(text.encode() + end), *down(1)] for end in (b"\n\n", b"\n" + STATE)]
+        for way in ways:
+            assert listen(server, len(pauses), *way).shutdown.delays == pauses, text[:30]
 
 
 @pytest.mark.parametrize(
-    ("retry", "expected"),
+    ("status", "level", "said"),
     [
-        (b"retry: 3000", [3, 6, 12, 24, 48, 60]),
-        (b"retry:0000003000", [3, 6, 12, 24, 48, 60]),
-        (b"retry: 3000\n\nretry: nonsense", [3, 6, 12, 24, 48, 60]),
-        (b"retry: 45000", [45, 60, 60, 60, 60, 60]),
-        (b"retry: 3600000", [60] * 6),
-        (b"retry: " + b"9" * 6000, [60] * 6),
-        (b"retry: 0", SCHEDULE[:6]),
-        *((b"retry: " + text, SCHEDULE[:6]) for text in (b"x", b"-3000", b"+3000", b"3e3", b"3. ")),
-        ("retry: ٣٠٠٠".encode(), SCHEDULE[:6]),
+        (204, "INFO", r"no push \(HTTP 204\)"),
+        *((status, "ERROR", f"HTTP {status}.*refused") for status in (401, 403)),
     ],
-    ids=lambda value: ascii(value)[:30],
-)
-def test_a_retry_replaces_the_first_delay(server: JMAPServer, retry: bytes, expected: Any) -> None:
-    for after in (b"\n\n", b"\n" + STATE):
-        assert listen(server, 6, sse(retry + after), *down(1)).shutdown.delays == expected
-
-
-@pytest.mark.parametrize(
-    ("status", "level", "words"),
-    [(204, "INFO", "no push"), (401, "ERROR", "refused"), (403, "ERROR", "refused")],
 )
 def test_what_will_not_change_soon_is_said_once_and_left_alone(
-    server: JMAPServer, status: int, level: str, words: str
+    server: JMAPServer, status: int, level: str, said: str
 ) -> None:
     listener = listen(server, 5, *(refused(status) for _ in range(4)), sse(b""))
     assert listener.shutdown.delays == [60, 60, 60, 60, 16]
     levels = [each.levelname for each in listener.records if each.levelno > logging.DEBUG]
     assert levels == [level, "INFO", "WARNING"]
-    [text] = listener.texts(level)[:1]
-    assert (f"HTTP {status}" in text, words in text) == (True, True)
+    assert re.search(said, listener.texts(level)[0])
     assert "connected" in listener.texts("INFO")[-1]
-
-
-@pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("7", [7, 7, 7, 8, 16]),
-        ("90", [90] * 5),
-        ("9" * 30, [600] * 5),
-        ("Wed, 21 Oct 2099 07:28:00 GMT", [600] * 5),
-        *((value, SCHEDULE[:5]) for value in ("", "0", "-7", "7.5", "soon", "Wed, 99 Oct 2099")),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", SCHEDULE[:5]),
-    ],
-)
-def test_a_busy_server_is_left_alone_as_it_says(
-    server: JMAPServer, status: int, value: str, expected: list[float]
-) -> None:
-    assert listen(server, 5, refused(status, **{"Retry-After": value})).shutdown.delays == expected
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -353,12 +338,23 @@ def test_only_a_redirect_within_the_origin_is_followed(server: JMAPServer, statu
 def test_a_quiet_stream_is_replaced_at_once_and_without_a_word(
     server: JMAPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And there is one at a time: the old connection is closed before the new one is opened."""
-    monkeypatch.setattr(mailroom, "QUIET_LIMIT", 0.02)
+    """There is one at a time: the old connection is closed before the new one is opened, which
+    hears what that did not."""
+    monkeypatch.setattr(mailroom, "QUIET_LIMIT", 0.05)
     before, open_then = open_files(), [0]
     server.on_request = lambda n, request: open_then.append(open_files())
     with Listener(server.origin + EVENT_PATH) as listener:
+        server.wait_for(lambda: listener.status.connected_since)
+        since = datetime.fromisoformat(str(listener.status.connected_since))
+        assert abs(datetime.now(UTC) - since) < timedelta(seconds=5)
         server.wait_for(lambda: server.streams.opened >= 10)
+        monkeypatch.setattr(mailroom, "QUIET_LIMIT", 1)
+        opened = server.streams.opened
+        server.wait_for(lambda: server.streams.opened > opened and server.streams)
+        assert (listener.queue.qsize(), listener.status.last_event_at) == (0, None)
+        server.streams.send_raw(STATE)
+        assert listener.queue.get(timeout=5) == "state_changed"
+        assert datetime.fromisoformat(str(listener.status.last_event_at)) >= since
     assert listener.shutdown.delays == []
     assert len(listener.texts("INFO")) == 1
     assert (listener.troubles, listener.status.last_error) == ([], None)
@@ -372,22 +368,6 @@ def test_any_byte_is_a_sign_of_life(server: JMAPServer, monkeypatch: pytest.Monk
     monkeypatch.setattr(mailroom, "QUIET_LIMIT", 0.25)
     assert listen(server, 1, sse(slowly(*[b":"] * 40, b"\n\n", STATE))).queue.qsize() == 1
     assert len(server.requests) == 1
-
-
-def test_the_next_stream_hears_what_a_hung_one_does_not(
-    server: JMAPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mailroom, "QUIET_LIMIT", 0.3)
-    with Listener(server.origin + EVENT_PATH) as listener:
-        server.wait_for(lambda: listener.status.connected_since)
-        since = datetime.fromisoformat(str(listener.status.connected_since))
-        assert abs(datetime.now(UTC) - since) < timedelta(seconds=5)
-        server.streams.hang()
-        server.wait_for(lambda: server.streams.opened >= 2 and server.streams)
-        assert (listener.queue.qsize(), listener.status.last_event_at) == (0, None)
-        server.streams.send_raw(STATE)
-        assert listener.queue.get(timeout=5) == "state_changed"
-        assert datetime.fromisoformat(str(listener.status.last_event_at)) >= since
 
 
 ENDLESS = itertools.repeat(b"x" * 2**16)

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "label_undo": "@ToScreener",
     "warnings_enabled": True,
     "provenance_group": "Mailroom",
+    "screen_inbox": False,
     "health_host": "127.0.0.1",
     "health_port": 8080,
 }
@@ -58,17 +59,15 @@ def test_the_defaults(environment: pytest.MonkeyPatch) -> None:
     settings = MailroomSettings()
     assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
     assert settings.jmap_token == TOKEN
-    rows = [
-        (each.name, each.label, each.contact_group, each.destination_mailbox, each.parent)
-        for each in settings.triage_categories
-    ]
+    found = settings.triage_categories
+    rows = [(each.name, each.label, each.contact_group, each.destination_mailbox) for each in found]
     assert rows[1:3] == [
-        ("Feed", "@ToFeed", "Feed", "Feed", ""),
-        ("Paper Trail", "@ToPaperTrail", "Paper Trail", "Paper Trail", ""),
+        ("Feed", "@ToFeed", "Feed", "Feed"),
+        ("Paper Trail", "@ToPaperTrail", "Paper Trail", "Paper Trail"),
     ]
-    assert [row[4] for row in rows] == ["", "", "", "", "Imbox", "Paper Trail", "Paper Trail"]
-    assert [each.name for each in settings.triage_categories if each.add_to_inbox] == ["Imbox"]
-    assert [e.name for e in settings.triage_categories if e.contact_type == "person"] == ["Person"]
+    assert [each.parent for each in found] == [*[""] * 4, "Imbox", "Paper Trail", "Paper Trail"]
+    assert [each.name for each in found if each.add_to_inbox] == ["Imbox"]
+    assert [each.name for each in found if each.contact_type == "person"] == ["Person"]
     environment.setattr(sys.stderr, "isatty", lambda: True)
     assert MailroomSettings().log_format == "text"
 
@@ -143,7 +142,8 @@ def test_a_bad_file(make: Any, reason: str, file: Path) -> None:
         assert part in line
 
 
-BAD = [
+UNSHOWN = ("taken", "MAILROOM_CARDDAV_PASSWORD", "line 1 column 9")
+BAD: list[tuple[str, Any, str]] = [
     # name, value, what the line says
     ("jmap_token", f"Bearer {TOKEN}", "without `Bearer`"),
     ("jmap_token", f'"{TOKEN}"', "quotes"),
@@ -170,22 +170,6 @@ BAD = [
     ("triage_categories", '["Feed",]', "line 1 column 9"),
     ("triage_categories", "{}", "a JSON list"),
 ]
-
-
-@pytest.mark.parametrize(("name", "value", "said"), BAD)
-def test_a_bad_setting(name: str, value: str, said: str, environment: pytest.MonkeyPatch) -> None:
-    environment.setenv(f"MAILROOM_{name.upper()}", value)
-    lines = [line for line in problems() if "MAILROOM_" in line and said in line]
-    assert lines
-    if HUSH not in value and said not in ("taken", "MAILROOM_CARDDAV_PASSWORD", "line 1 column 9"):
-        assert any(repr(value) in line or value in line for line in lines)
-
-
-def test_all_that_is_wrong_is_said_at_once() -> None:
-    bad = {"jmap_url": "x", "poll_interval": -1, "log_level": "loud", "health_port": 70000}
-    assert len(problems(**bad)) == 4
-
-
 CATEGORIES: list[tuple[list[Any], str]] = [
     ([], "list of categories"),
     ([""], "a name"),
@@ -204,15 +188,25 @@ CATEGORIES: list[tuple[list[Any], str]] = [
     ([{"name": "Feed", "label": "@ToScreener"}], "@ToScreener"),
     ([{"name": "Feed", "label": "Jail"}, "Jail"], "Jail"),
 ]
+BAD += [("triage_categories", entries, said) for entries, said in CATEGORIES]
 
 
-@pytest.mark.parametrize(("entries", "said"), CATEGORIES)
-def test_categories_that_are_rejected(
-    entries: list[Any], said: str, environment: pytest.MonkeyPatch
-) -> None:
-    assert any(said in line for line in problems(triage_categories=entries))
-    environment.setenv("MAILROOM_TRIAGE_CATEGORIES", json.dumps(entries))
-    assert any(said in line for line in problems())
+@pytest.mark.parametrize(("name", "value", "said"), BAD)
+def test_a_bad_setting(name: str, value: Any, said: str, environment: pytest.MonkeyPatch) -> None:
+    """As a keyword and as a variable."""
+    by_keyword = problems(**{name: value})
+    text = value if isinstance(value, str) else json.dumps(value)
+    environment.setenv(f"MAILROOM_{name.upper()}", text)
+    for lines in (by_keyword, problems()):
+        found = [line for line in lines if "MAILROOM_" in line and said in line]
+        assert found
+        if isinstance(value, str) and HUSH not in value and said not in UNSHOWN:
+            assert any(text in line or repr(text) in line for line in found)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    bad = {"jmap_url": "x", "poll_interval": -1, "log_level": "loud", "health_port": 70000}
+    assert len(problems(**bad)) == 4
 
 
 def test_a_mistyped_variable_is_warned_of_with_the_nearest_name(

@@ -118,15 +118,6 @@ class EmbeddedHome:
     def boxes(self) -> dict[str, bool]:
         return {box.name: box.is_subscribed for box in self.account.mailboxes.values()}
 
-    def save(self) -> set[str]:
-        """Which cards there are."""
-        return set(self.book.seen())
-
-    def restore(self, saved: set[str]) -> None:
-        """Without the cards that have come since."""
-        for uid in self.book.seen().keys() - saved:
-            self.book.remove(uid)
-
 
 @contextmanager
 def embedded_home(store: str, radicale: Callable[[], RadicaleServer]) -> Iterator[EmbeddedHome]:

@@ -419,16 +419,9 @@ class Ran(NamedTuple):
 def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
     """The environment with these settings and no others."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
-    return kept | variables_of(settings)
-
-
-def variables_of(settings: Mapping[str, object]) -> dict[str, str]:
-    """The environment variables that say the settings."""
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in settings.items()
-    }
-    return {f"MAILROOM_{name.upper()}": text for name, text in texts.items()}
+    for name, value in settings.items():
+        kept[f"MAILROOM_{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
+    return kept
 
 
 def command(*arguments: str, **settings: object) -> Ran:
@@ -452,14 +445,3 @@ def command(*arguments: str, **settings: object) -> Ran:
         for number, handler in signals.items():
             signal.signal(number, handler)
     return Ran(status, out.getvalue(), err.getvalue())
-
-
-def nth_request(server: JMAPServer, nth: int, do: Callable[[], Any], kinds: str = "api") -> None:
-    """Has the server do what `do` returns (a Fault) to the nth request of a kind from now."""
-    seen = [0]
-
-    def answer(_: int, request: Request) -> Any:
-        seen[0] += request.kind == kinds
-        return do() if request.kind == kinds and seen[0] == nth else None
-
-    server.on_request = answer
