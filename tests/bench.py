@@ -1,8 +1,7 @@
 # ruff: noqa: E402  (everything has to be imported after the monkey patch)
-"""How much Mailroom asks of the servers, and how small it is: `nox -s bench`.
-
-Each figure is held against a limit: requests, which are the same on every machine, ratios within
-one run, and sizes. When one is over, the status is 1. `--quick` does with less of everything.
+"""How much Mailroom asks of the servers, and how small it is: `nox -s bench`. Each figure is held
+against a limit: requests, which are the same on every machine, ratios within one run, and sizes.
+When one is over, the status is 1. `--quick` does with less of everything.
 """
 
 from gevent import monkey
@@ -19,8 +18,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from unittest import mock
 
-import bench_tools as tools
-from bench_tools import BenchError, Desk, Figure, address_book, deliver, program, settings_of
+from bench_tools import BenchError, Desk, Figure, address_book, deliver, fill_book, program, table
+from books import CATEGORIES
 from jmap_server import LIMITS, JMAPServer, Options, Request
 
 import mailroom
@@ -30,8 +29,7 @@ LATENCY = 0.05  # seconds a request to the address book
 
 
 def jmap_requests(desk: Desk, emails: int) -> Figures:
-    """What a cycle asks the mail server, which has the contacts too. `emails`: how many the sender
-    has who has many."""
+    """What a cycle asks the mail server. `emails`: how many the sender has who has many."""
     yield Figure("requests: idle", desk.cycle(), 1)
     one = desk.new_senders(1)
     yield Figure("requests: a new message of a stranger", desk.cycle(), 2)
@@ -50,13 +48,12 @@ def jmap_requests(desk: Desk, emails: int) -> Figures:
 
 
 def carddav_requests(latency: float = LATENCY) -> Figures:
-    """What 25 new senders ask of the address book, and whether it helps that writes go side by
-    side."""
+    """What 25 new senders ask of the address book, and whether it helps to write side by side."""
     asked, seconds = 0, []
     for at_once in (1, mailroom.WRITES_AT_ONCE):
-        with mock.patch.object(mailroom, "WRITES_AT_ONCE", at_once), address_book(latency) as homes:
-            radicale, proxy, mail = homes
-            desk = Desk(mail, **settings_of(radicale, proxy.origin))
+        paced = mock.patch.object(mailroom, "WRITES_AT_ONCE", at_once)
+        with paced, address_book(latency) as (_, proxy, book):
+            desk = Desk(book.mail, **book.settings, triage_categories=[*CATEGORIES])
             senders, before = desk.new_senders(25, 4), len(proxy.requests)
             started = time.monotonic()
             desk.tap(senders)
@@ -74,26 +71,25 @@ def idle_memory() -> Figures:
         run.wait_until_quiet()
         yield Figure("memory: idle", run.memory("VmRSS"), 50, "MB")
         before = server.count("api")
-        run.tap(deliver(server, "one", 1))
+        run.tap(1)
         what = "requests: a tap over push, until all is quiet"
         yield Figure(what, server.count("api") - before, 6)
 
 
 def mirror_memory(contacts: int, photo: int = 0) -> Figures:
     """The most that it occupies with an address book on Radicale, which sends whole cards."""
-    with address_book() as (radicale, proxy, mail):
-        tools.fill_address_book(radicale, contacts, photo)
-        with program(mail, **settings_of(radicale, proxy.origin)) as run:
-            run.wait_for(lambda: mail.streams)
-            run.tap(deliver(mail, "one", 4))
+    with address_book() as (radicale, _, book):
+        fill_book(radicale, contacts, photo)
+        with program(book.mail, **book.settings, triage_categories=[*CATEGORIES]) as run:
+            run.wait_for(lambda: book.mail.streams)
+            run.tap(4)
             pictures = f" with photos of {photo // 1000} kB each" if photo else ""
             what = f"memory: a tap with {contacts:,} contacts{pictures} (CardDAV)"
             yield Figure(what, run.memory("VmHWM"), 100, "MB")
 
 
 def many_labels(emails: int, senders: int) -> Figures:
-    """Somebody has selected everything and put a label on it: it goes on and on, and another tap
-    does not wait for its end."""
+    """Somebody has labelled everything: it goes on and on, but another tap does not wait for it."""
     left: list[int] = []  # under the label, at each request
     left_at_cycles: list[int] = []  # at each that begins a cycle
 
@@ -153,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(tools.table(figures))
+    print(table(figures))
     over = sum(figure.is_over for figure in figures)
     print(f"\n{len(figures)} figures in {time.monotonic() - started:.0f} seconds, {over} over")
     return int(over > 0)

@@ -7,8 +7,6 @@ it has not checked, for every message of the account; when something is not so, 
 
 With `--serve` the account stays up for a Mailroom started by hand, and taps are typed; with
 `--bare` too it has nothing that Mailroom needs, and `setup` makes that.
-
-How it reads: the account - what ought to happen - the screen - the scenes - `--serve`.
 """
 
 import sys
@@ -17,7 +15,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path += [str(TESTS.parent), str(TESTS / "support")]
 
-from processes import PROGRAM, Program, program  # noqa: I001  (brings the monkey patch)
+from processes import Program, program  # noqa: I001  (brings the monkey patch)
 
 import argparse
 import os
@@ -34,12 +32,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import gevent
 import requests
 
 from jmap_server import CATEGORIES, Account, JMAPServer, Mail, Options, addresses
 from ports import free_port
+from tools import PROGRAM, access_to
 
 DEBOUNCE, POLL = 0.5, 3
 PAUSE = 1.3  # seconds to read a scene, on a terminal
@@ -49,9 +49,6 @@ class DemoError(Exception):
     """What did not happen, or cannot be done; one line."""
 
 
-# ----------------------------------------------------------------------------------- the account
-
-OWN_FOLDERS = ("Recipes", "Lisbon", "Taxes")
 # Who writes, how many messages are where (`+`: in both), and about what.
 SENDERS = """
 The Slow Crumb <letter@slow-crumb.example>: Screener 14, Recipes 2, Trash 1
@@ -91,7 +88,7 @@ def new_account(bare: bool) -> Account:
     """The account, with the messages of SENDERS: always the same ones, dated back from now. A bare
     one has nothing of Mailroom's: what would be in its mailboxes is in the Inbox."""
     account, chance = Account.for_mailroom(), random.Random(1)  # noqa: S311  (no secret)
-    for folder in (UNDO, *OWN_FOLDERS):
+    for folder in (UNDO, "Recipes", "Lisbon", "Taxes"):
         account.add_mailbox(folder)
     for sender, where, subjects in re.findall(r"^(\S.*>): (.*)\n +(.*)$", SENDERS, re.MULTILINE):
         counts = (place.rsplit(" ", 1) for place in where.split(", "))
@@ -131,7 +128,6 @@ def address_of(header: str | None) -> str:
 
 
 def mails_from(account: Account, address: str) -> list[Mail]:
-    """A sender's messages, the newest first."""
     mails = (mail for mail in account.mails.values() if address_of(mail.sender) == address)
     return sorted(mails, key=lambda mail: mail.received_at, reverse=True)
 
@@ -141,8 +137,6 @@ def mail_to_tap(account: Account, address: str) -> Mail:
     mails = mails_from(account, address)
     return next((mail for mail in mails if account.mailboxes_of(mail.id) & MANAGED), mails[0])
 
-
-# ---------------------------------------------------------------------------- what ought to happen
 
 Snapshot = dict[str, frozenset[str]]  # {message id: the names of its mailboxes}
 MANAGED = {"Screener", *CATEGORIES}
@@ -165,8 +159,7 @@ def snapshot(account: Account) -> Snapshot:
 
 
 def filed(places: frozenset[str], label: str) -> frozenset[str]:
-    """Where a tapped sender's message belongs, by where it is. The user's own folders, the Archive,
-    Trash and the like are not Mailroom's business."""
+    """Where a tapped sender's message belongs; what the user has filed is not Mailroom's matter."""
     labels = {name for name in places if name.startswith("@")}
     if not places & (MANAGED | labels):
         return places
@@ -198,31 +191,27 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-# ------------------------------------------------------------------------------------- the screen
-
-
 class Screen:
     """Plain text on standard output; on a terminal with colours (unless NO_COLOR) and pauses."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        self._has_colours = self.is_terminal and not plain
+        self._is_plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
 
     def line(self, text: str = "", colour: str = "") -> None:
-        codes = {"bold": 1, "dim": 2, "green": 32, "yellow": 33}
-        paint = self._has_colours and colour
-        print(f"\033[{codes[colour]}m{text}\033[0m" if paint else text, flush=True)
+        if colour and self.is_terminal and not self._is_plain:
+            codes = {"bold": 1, "dim": 2, "green": 32, "yellow": 33}
+            text = f"\033[{codes[colour]}m{text}\033[0m"
+        print(text, flush=True)
 
     def fact(self, key: str, text: str, colour: str = "") -> None:
         self.line(f"   {key:9} {text}", colour)
 
-    def moves(self, key: str, moved: Mapping[str, list[str]], most: int = 2) -> None:
-        """What happened to how many messages, and some of their subjects."""
+    def moves(self, key: str, moved: Mapping[str, list[str]]) -> None:
         for what, subjects in moved.items():
             self.fact(key, f"{count(len(subjects), 'message')}: {what}", "green")
-            more = len(subjects) - most
-            for subject in subjects[:most] + [f"... and {more} more"] * (more > 0):
+            more = [f"... and {len(subjects) - 2} more"] if subjects[2:] else []
+            for subject in subjects[:2] + more:
                 self.fact("", f"   {subject}", "dim")
 
     def pause(self) -> None:
@@ -232,31 +221,20 @@ class Screen:
 
 def settings(server: JMAPServer) -> dict[str, object]:
     """The settings of a Mailroom that works this account; its health is on a free port."""
-    return {
-        "jmap_token": server.options.token,
-        "jmap_url": server.session_url,
-        "debounce_seconds": DEBOUNCE,
-        "poll_interval": POLL,
-        "health_port": free_port(),
-        "log_format": "text",
-    }
+    pace = {"debounce_seconds": DEBOUNCE, "poll_interval": POLL, "health_port": free_port()}
+    return {**access_to(server), **pace, "log_format": "text"}
 
 
-# ------------------------------------------------------------------------------------ the scenes
-
+SLIP = ("shop@fernweh-books.example", "@ToPaperTrail", "@ToFeed")
 SCENES = {
     "A newsletter you like": ("letter@slow-crumb.example", "@ToFeed"),
     "Its next issue, without a tap": ("letter@slow-crumb.example",),
     "A friend": ("mara.lindqvist@post.example", "@ToPerson"),
     "Enough of a shop that is in your Feed": ("deals@bargain-owl.example", "@ToJail"),
     "Second thoughts about the newsletter": ("letter@slow-crumb.example", UNDO),
-    "A slip of the thumb: two labels for one sender": (
-        *("shop@fernweh-books.example", "@ToPaperTrail", "@ToFeed"),
-    ),
+    "A slip of the thumb: two labels for one sender": SLIP,
     "Push goes away, and comes back": (),
 }
-WITHOUT_PUSH = ("track@parcelhop.example", "@ToTruck")
-WITH_PUSH_AGAIN = ("front.desk@okafor-dental.example", "@ToImbox")
 
 INTRODUCTION = """
 A made-up account: {mails} messages from {senders} senders, {screened} of them in the
@@ -285,8 +263,7 @@ class Demo:
 
     def play(self) -> None:
         """All scenes and the summary. Raises DemoError when something did not happen."""
-        scenes: dict[int, Callable[..., None]]
-        scenes = {0: self._push_goes_away, 1: self._arrives, 2: self._tap, 3: self._conflict}
+        scenes: Any = [self._push_goes_away, self._arrives, self._tap, self._conflict]
         self._open()
         for number, (title, tapped) in enumerate(SCENES.items(), 1):
             self.screen.pause()
@@ -334,33 +311,27 @@ class Demo:
         quiet = time.monotonic() - self.server.requests[-1].time
         return bool(self._cycles()) and DEBOUNCE + 0.2 < quiet < POLL - 1
 
-    # A tap
-
-    def _tap(self, address: str, label: str, trigger: str = "push") -> None:
+    def _tap(self, address: str, label: str) -> None:
         """Puts the label on one message of the sender, who then has to be triaged."""
         mail = mail_to_tap(self.account, address)
         [(name, _)] = addresses(mail.sender)
         self.screen.fact("tap", f'{label} on "{mail.subject}" from {name}', "yellow")
-        self._triage(address, label, label, partial(self.account.label, mail.id, label), trigger)
+        self._triage(address, label, label, partial(self.account.label, mail.id, label))
 
-    def _triage(
-        self, address: str, label: str, tap: str, act: Callable[[], object], trigger: str = "push"
-    ) -> None:
+    def _triage(self, address: str, label: str, tap: str, act: Callable[[], object]) -> None:
         """After `act` the sender has to be triaged as the label says: waits, checks and tells."""
         self.screen.fact("means", LABELS[label][1])
         before, groups = snapshot(self.account), self.account.groups_of(address)
         of_sender = {mail.id: before[mail.id] for mail in mails_from(self.account, address)}
         after = {key: filed(places, label) for key, places in of_sender.items()}
-        self._act(tap, address, act, before | after, trigger)
+        self.screen.fact("took", self._act(tap, address, act, before | after))
         self._tell_contact(address, label, groups)
-        if stay := Counter(listed(after[key]) for key in after if after[key] == before[key]):
+        if stay := Counter(listed(new) for key, new in after.items() if new == before[key]):
             self.screen.fact("untouched", listed(f"{n} in {place}" for place, n in stay.items()))
 
-    def _act(
-        self, tap: str, address: str, act: Callable[[], object], after: Snapshot, trigger: str
-    ) -> None:
-        """Acts, waits until every message of the account is as it should be `after` that, and tells
-        what moved and what it took."""
+    def _act(self, tap: str, address: str, act: Callable[[], object], after: Snapshot) -> str:
+        """Waits until every message is as it should be `after` that, tells what moved; its cost."""
+        trigger = "push" if self.server.options.push == 200 else "fallback"
         if trigger == "push":
             self._wait("mailroom to be idle", self._is_idle)
         before, cycles = snapshot(self.account), len(self._cycles())
@@ -377,16 +348,16 @@ class Demo:
         if {*ran} != {trigger} or snapshot(self.account) != after:
             raise DemoError(f"triggered by {ran} instead of {trigger}, or changed once more")
         requests = count(self.server.count("api") - asked, "request")
+        before = dict.fromkeys(after, frozenset({"Screener"})) | before  # a new one was there
         self.screen.moves(f"{seconds} s", changes(self.account, before, after))
-        self.screen.fact("took", f"{count(len(ran), 'cycle')} ({trigger}), {requests}")
         moved = [after[key] - before[key] for key in after if before[key] != after[key]]
         places = listed(frozenset().union(*moved) - LABELS.keys())
         [(name, _)] = addresses(mails_from(self.account, address)[0].sender)
         self.summary.append(SUMMARY.format(tap, name, places, len(moved), seconds))
+        return f"{count(len(ran), 'cycle')} ({trigger}), {requests}"
 
     def _tell_contact(self, address: str, label: str, before: set[str]) -> None:
-        """There has to be one contact, in the groups of the label; none after the triage was taken
-        back. `before`: the groups it was in."""
+        """One contact, in the groups of the label, or none any more. `before`: those it had."""
         cards, groups = self.account.contacts_of(address), self.account.groups_of(address)
         if label == UNDO:
             if cards:
@@ -400,78 +371,65 @@ class Demo:
         self.screen.fact("contact", f"{known}: {name} <{address}>, {who}")
         self.screen.fact("groups", (f"{listed(before)} -> " if before else "") + listed(groups))
 
-    # The scenes that are more than a tap
-
     def _arrives(self, address: str) -> None:
         """A new message of a sender who is in the Feed comes to the Screener: it is filed."""
-        self._wait("mailroom to be idle", self._is_idle)
-        before, cycles, start = snapshot(self.account), len(self._cycles()), time.monotonic()
         sender, subject = mails_from(self.account, address)[0].sender, "No. 400: Sourdough at sea"
-        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        new = self.account.deliver(sender, ["Screener"], subject=subject, received_at=now)
+        after = snapshot(self.account)
         self.screen.fact("arrives", f'"{subject}", in the Screener', "yellow")
         self.screen.fact("means", "its sender is in the group Feed: that has been decided")
-        self._wait("it to be filed", lambda: self.account.mailboxes_of(new) == {"Feed"})
-        seconds = f"{time.monotonic() - start:.2f}"
-        self._wait("the cycle to end", lambda: len(self._cycles()) > cycles)
-        if snapshot(self.account) != before | {new: frozenset({"Feed"})}:
-            raise DemoError("other messages have changed")
-        self.screen.moves(f"{seconds} s", {"Screener -> Feed": [subject]})
-        [(name, _)] = addresses(sender)
-        self.summary.append(SUMMARY.format("(none)", name, "Feed", 1, seconds))
+
+        def arrive() -> None:
+            now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+            new = self.account.deliver(sender, ["Screener"], subject=subject, received_at=now)
+            after[new] = frozenset({"Feed"})
+
+        self._act("(none)", address, arrive, after)
 
     def _conflict(self, address: str, label: str, slip: str) -> None:
         """Two labels for one sender: both messages are marked, and nothing else happens."""
-        account, before = self.account, snapshot(self.account)
-        tapped = dict(zip((label, slip), mails_from(account, address), strict=False))
-        for name, mail in tapped.items():
+        account, after = self.account, snapshot(self.account)
+        first, second, *_ = mails_from(account, address)
+        tapped = ((first, label), (second, slip))
+        for mail, name in tapped:
             self.screen.fact("tap", f'{name} on "{mail.subject}"', "yellow")
+            after[mail.id] |= {name, ERROR}
         self.screen.fact("means", "which one? Mailroom does not guess: it marks both")
-        marked = {mail.id: before[mail.id] | {name, ERROR} for name, mail in tapped.items()}
 
         def tap_both() -> None:
-            for name, mail in tapped.items():
+            for mail, name in tapped:
                 account.label(mail.id, name)
 
-        self._act(f"{label}, {slip}", address, tap_both, before | marked, "push")
+        self.screen.fact("took", self._act(f"{label}, {slip}", address, tap_both, after))
         if account.contacts_of(address):
             raise DemoError(f"{address} got a contact in spite of the conflict")
         self.screen.fact("tap", f"{slip} off again", "yellow")
-        unlabel = partial(account.unlabel, tapped[slip].id, slip)
-        self._triage(address, label, f"{slip} off", unlabel)
+        self._triage(address, label, f"{slip} off", partial(account.unlabel, second.id, slip))
 
     def _push_goes_away(self) -> None:
-        """Without the event stream the poll timer finds the tap. It begins just after a poll, so
-        that there is time for all this before the next one."""
+        """Begins just after a poll, so that there is time for all this before the next one."""
         cycles = len(self._cycles())
         self._wait("a poll", lambda: len(self._cycles()) > cycles)
-        self._tell_health()
+        self.screen.fact("/healthz", self._stream())
         self.screen.fact("server", "drops the stream and answers HTTP 503 from now on", "yellow")
         self.server.options.push = 503
         self.server.streams.drop()
         self._wait("/healthz to tell of the 503", lambda: "HTTP 503" in self._stream())
-        self._tell_health()
+        self.screen.fact("/healthz", self._stream())
         self.screen.fact("", f"what is left is the poll timer, here every {POLL} s, usually 60")
-        self._tap(*WITHOUT_PUSH, trigger="fallback")
+        self._tap("track@parcelhop.example", "@ToTruck")
         self.screen.fact("server", "has push again; Mailroom looks after 1, 2, 4 ... s", "yellow")
         self.server.options.push = 200
         self._wait("the stream to be connected again", self.mailroom.is_pushed)
-        self._tell_health()
-        self._tap(*WITH_PUSH_AGAIN)
+        self.screen.fact("/healthz", self._stream())
+        self._tap("front.desk@okafor-dental.example", "@ToImbox")
 
     def _stream(self) -> str:
-        """What /healthz says."""
         health = self.mailroom.health
         stream = health["eventsource"]
-        reason = re.sub(
-            r"^http\S+ answered ", "", stream["last_error"] or ""
-        )  # a line has 80 columns
-        error = "" if stream["status"] == "connected" else f" ({reason})"
+        said = re.sub(r"^http\S+ answered ", "", stream["last_error"] or "")  # 80 columns
+        error = "" if stream["status"] == "connected" else f" ({said})"
         reconnects = count(stream["reconnect_count"], "reconnect")
         return f"{health['status']}, stream {stream['status']}{error}, {reconnects}"
-
-    def _tell_health(self) -> None:
-        self.screen.fact("/healthz", self._stream())
 
 
 def show(server: JMAPServer, path: Path, patience: float) -> int:
@@ -489,8 +447,6 @@ def show(server: JMAPServer, path: Path, patience: float) -> int:
             return 1
     return 0
 
-
-# ----------------------------------------------------------------------------------------- --serve
 
 HELP = """\
   list [SENDER]           who writes, where the messages are, [the groups]
@@ -594,9 +550,6 @@ def serve(server: JMAPServer) -> int:
     screen.line(f"{command}\n{SERVED}\n{HELP}\n")
     Phone(server.account).run()
     return 0
-
-
-# ------------------------------------------------------------------------------------ the command
 
 
 def main() -> int:

@@ -5,9 +5,8 @@ It makes mailboxes, labels and contact groups called `Mailroom test ...`, puts t
 made-up sender there, and taps, taps again and undoes as a phone would, while `python mailroom.py`
 runs with these names alone. Whatever happens, all of it is taken out again, and nothing else is
 touched; should that fail, `nox -s live -- --clean` takes it out. At the end it prints a report to
-paste into a bug report: what the server is like and how long a tap took, no names, no secrets.
-
-What was made here is known by its name: a name that is there before is a reason not to begin.
+paste into a bug report: what the server is like and how long a tap took, no names, no secrets. What
+was made here is known by its name: one that is there before is a reason not to begin.
 """
 
 import sys
@@ -20,13 +19,13 @@ import mailroom  # noqa: I001  (its import is the monkey patch)
 
 import argparse
 import platform
-import re
 import signal
 import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import gevent
 
@@ -81,17 +80,15 @@ class Live:
                 self.facts[f"by {key}"] = f"finds {len(found)} of {len(self.messages)} messages"
             except MailroomError as error:
                 self.facts[f"by {key}"] = str(error)
+        connected = partial(self.mailroom.logged, "event stream: connected")
         with suppress(MailroomError):  # not every server has it
-            self.wait(
-                "push", lambda: self.mailroom.logged("event stream: connected"), STREAM_SECONDS
-            )
+            self.wait("push", connected, STREAM_SECONDS)
         self.tap("tap", boxes[tools.TO_FEED], boxes[FEED], "created", {FEED, GROUP})
         self.tap("re-triage", boxes[tools.TO_JAIL], boxes[JAIL], "known", {JAIL, GROUP})
         self.tap("undo", boxes[tools.UNDO], boxes[SCREENER], "deleted", set())
 
     def tap(self, what: str, label: str, box: str, contact: str, groups: set[str]) -> None:
-        """Put a label on one message; both have to be in the mailbox alone, and the contact in the
-        groups. `contact`: what Mailroom has to say of it."""
+        """Put a label on one message; both have to be filed. `contact`: what is said of it."""
         say(what)
         begun, before = time.monotonic(), len(self.mailroom.logged("cycle done"))
         asked = self.mailroom.requests()
@@ -101,13 +98,10 @@ class Live:
         self.wait("the cycle to end", lambda: len(self.mailroom.logged("cycle done")) > before)
         cycles = self.mailroom.logged("cycle done")[before:]
         triggers = ", ".join(str(cycle["trigger"]) for cycle in cycles)
-        told = self.mailroom.logged("sender triaged" if groups else "triage undone")[-1].get(
-            "contact"
-        )
-        requests = self.mailroom.requests() - asked
-        self.facts[what] = (
-            f"{seconds:.1f} s; {requests} requests; cycles: {triggers}; contact: {told}"
-        )
+        done = "sender triaged" if groups else "triage undone"
+        told = self.mailroom.logged(done)[-1].get("contact")
+        took = f"{seconds:.1f} s; {self.mailroom.requests() - asked} requests"
+        self.facts[what] = f"{took}; cycles: {triggers}; contact: {told}"
         if told != contact:
             raise LiveError(f"{what}: the contact is {told}, not {contact}; look for {ADDRESS}")
         if self.jmap.has_cards:
@@ -123,15 +117,12 @@ class Live:
             raise LiveError(f"contacts {uids}, but groups {members}")
         for card in people:
             sent = "as sent" if uids == [UID] else f"not as sent: {uids} for {UID}"
-            self.facts["contact"] = (
-                f"uid {sent}, members the same; it has {', '.join(sorted(card))}"
-            )
+            has = ", ".join(sorted(card))
+            self.facts["contact"] = f"uid {sent}, members the same; it has {has}"
 
     def places(self) -> list[JSON]:
         found = self.jmap.call("Email/get", ids=self.messages, properties=["mailboxIds"])["list"]
         return [mail["mailboxIds"] for mail in found]
-
-    # Taking it out
 
     def clean(self) -> str:
         """Take out all that was made; what is left, empty if nothing is."""
@@ -152,17 +143,15 @@ class Live:
         Mailroom that are in no group, so it is let go on only where it speaks of nothing else."""
         found, boxes = self.mailroom.present(), self.jmap.boxes()
         if SCREENER in boxes:
-            steps = [
-                line for line in self.mailroom.command("reset") if re.match("(delete|empty) ", line)
-            ]
+            lines = self.mailroom.command("reset")
+            steps = [line for line in lines if line.startswith(("delete ", "empty "))]
             if all(f'"{PREFIX}' in line for line in steps):
                 self.mailroom.command("reset", "--apply", "--yes")
         if cards := [card["id"] for card in self.jmap.cards()]:
             found.append("contacts")
             self.jmap.call("ContactCard/set", destroy=cards)
         if boxes:
-            inside = [{"inMailbox": box} for box in boxes.values()]
-            where = {"operator": "OR", "conditions": inside}
+            where = {"operator": "OR", "conditions": [{"inMailbox": box} for box in boxes.values()]}
             ids = self.jmap.call("Email/query", filter=where)["ids"]
             mails = self.jmap.call("Email/get", ids=ids, properties=["from"])["list"]
             own = [m["id"] for m in mails if [one["email"] for one in m["from"] or ()] == [ADDRESS]]
@@ -186,8 +175,7 @@ def perform(live: Live, seconds: float) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         gevent.signal_handler(number, stop)
-    stream = tools.Stream(live.jmap)
-    listener = gevent.spawn(stream.run)
+    listener = gevent.spawn((stream := tools.Stream(live.jmap)).run)
     try:
         live.run()
     except (MailroomError, KeyboardInterrupt) as error:

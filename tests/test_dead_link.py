@@ -5,11 +5,11 @@ import mailroom  # noqa: F401, I001  (its import is the monkey patch)
 
 import os
 import re
-import subprocess
 import sys
 import time
 
 import pytest
+from container_tools import do
 from jmap_server import JMAPServer, Options
 from tools import COUNTS, running
 
@@ -25,11 +25,9 @@ def main() -> None:
         server.wait_for(lambda: server.streams)
         run.wait_until_quiet()
         standing = ["ss", "-tnH", "state", "established", "dport", f":{server.port}"]
-        listed = subprocess.run(standing, capture_output=True, text=True, check=True).stdout
-        ports = re.findall(r":(\d+) +\S+:\d+", listed)
+        ports = re.findall(r":(\d+) +\S+:\d+", do(*standing))
         for port, end in [(port, end) for port in ports for end in ("--sport", "--dport")]:
-            rule = ["-A", "INPUT", "-p", "tcp", end, port, "-j", "DROP"]
-            subprocess.run(["iptables", *rule], check=True)
+            do("iptables", "-A", "INPUT", "-p", "tcp", end, port, "-j", "DROP")
         tapped = server.account.deliver("Bob <bob@shop.example>", ["Screener", "@ToFeed"])
         begun = time.monotonic()
         server.wait_for(lambda: server.account.mailboxes_of(tapped) == {"Feed"}, 100)
@@ -39,12 +37,10 @@ def main() -> None:
 @pytest.mark.container
 def test_it_costs_a_tap_seconds() -> None:
     itself = f"ip link set lo up && exec {sys.executable} -m {__name__}"
-    given = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = ["unshare", "-n", "sh", "-c", itself]
-    ran = subprocess.run(command, env=given, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    COUNTS["ms from a tap to filed after a dead link"] = int(float(ran.stdout) * 1000)
-    assert DEBOUNCE < float(ran.stdout) < SECONDS + DEBOUNCE
+    path = f"PYTHONPATH={os.pathsep.join(sys.path)}"
+    took = float(do("env", path, "unshare", "-n", "sh", "-c", itself))
+    COUNTS["ms from a tap to filed after a dead link"] = int(took * 1000)
+    assert DEBOUNCE < took < SECONDS + DEBOUNCE
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
-"""The test on a real account (live.py) on accounts that are not: it works, it takes everything out
-again whatever happens, and what it tells has no secret in it."""
+"""The test on a real account (live.py) works, cleans up whatever happens, and tells no secret."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gevent
 import pytest
 from books import cyrus_book
 from cyrus_server import CyrusServer, CyrusUser
 from jmap_server import Account, JMAPServer
-from tools import PROGRAM, SERVERS
+from processes import talking
+from tools import PROGRAM, SERVERS, access_to, variables_of
 
 LIVE = Path(__file__).with_name("live.py")
 FAST: dict[str, Any] = {"debounce_seconds": 0.1, "poll_interval": 5}
@@ -28,19 +24,15 @@ runpy.run_path({str(PROGRAM)!r}, run_name="__main__")"""
 
 
 def run(on: Any, *arguments: object, until: str = "-") -> tuple[int, str]:
-    """The status and the output of live.py on a server, or with settings; it is interrupted when it
-    prints a line `until`."""
-    is_server = isinstance(on, JMAPServer)
-    settings = {"jmap_url": on.session_url, "jmap_token": on.options.token} if is_server else on
-    given = {f"MAILROOM_{key.upper()}": str(value) for key, value in (FAST | settings).items()}
-    command: list[Any] = [sys.executable, LIVE, "--patience", "30", "--listen", "0", *arguments]
-    out, none, output = subprocess.PIPE, subprocess.DEVNULL, ""
-    named: Any = {"env": {**os.environ, **given}, "stdin": none, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, text=True, stdout=out, **named) as process, gevent.Timeout(90):
+    """The status and the output of live.py, which is interrupted at a line `until`."""
+    settings = access_to(on) if isinstance(on, JMAPServer) else on
+    command, output = (LIVE, "--patience", 30, "--listen", 0, *arguments), ""
+    with talking(*command, **variables_of(FAST | settings)) as process:
         for line in process.stdout or ():
             output += line
             if line.startswith(until):
                 process.send_signal(signal.SIGINT)
+        process.wait()
     for secret in ("Traceback", settings["jmap_token"], "alice"):
         assert secret not in output, output
     return process.returncode, output
@@ -54,8 +46,7 @@ def state(account: Account) -> tuple[Any, ...]:
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> Iterator[JMAPServer]:
-    """An account in use, with a contact of Mailroom's that is in no group any more; at the end it
-    is as before."""
+    """In use, with a contact of Mailroom's that is in no group; at the end it is as before."""
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, "mailto:eve@x.example?mailroom=0"))
     notes = {"n1": {"note": 'Created by Mailroom on 2026-11-01 as "Eve"'}}
     with JMAPServer.with_mailroom_account(SERVERS[request.param]()) as server:
@@ -77,9 +68,8 @@ def test_it_works_or_is_stopped_and_cleans_up(server: JMAPServer, until: str) ->
     status, output = run(server, "--yes", until=until)
     assert status == (0 if until in "-taking" else 130), output
     assert (WELL in output) == (status == 0)
-    assert status or re.search(r"^tap +\d\.\d s; [5-7] requests; cycles: push", output, re.M), (
-        output
-    )
+    is_told = re.search(r"^tap +\d\.\d s; [5-7] requests; cycles: push", output, re.M)
+    assert status or is_told, output
     assert ("uid as sent, members the same" in output) == (until != "making"), output
 
 

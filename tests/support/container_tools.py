@@ -1,8 +1,6 @@
-"""What the tests of the container stand on: podman, a base image where no registry can be reached,
-and the README's own command as the way containers are started.
-
-`MAKE_BASE=1` has the base image made of Debian's packages; `PYTHON_IMAGE` names another one.
-Containers and secrets have names of their own, and are gone after each test; images stay.
+"""What the tests of the container stand on. `MAKE_BASE=1` has the base image made of Debian's
+packages; `PYTHON_IMAGE` names another one. Containers and secrets have names of their own, and are
+gone after each test; images stay.
 """
 
 import io
@@ -21,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tools
 from debian_root import make_root
 from jmap_server import JSON, JMAPServer, Options
 from ports import free_port
 
-import mailroom
-
-ROOT = Path(mailroom.__file__).parent
+ROOT = tools.PROGRAM.parent
 DEPLOY = ROOT / "tests" / "deploy"
 IMAGE = "localhost/mailroom:test"
 SEARCHED = "/opt/venv/bin:/usr/bin:/bin"
@@ -47,15 +44,10 @@ print(json.dumps({
 """
 
 
-# Commands
-
-
 def call(*command: object, said: str | None = None) -> "subprocess.CompletedProcess[str]":
     """A finished command, whatever its status; `said` is its standard input."""
-    words = [str(word) for word in command]
-    return subprocess.run(
-        words, input=said, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
-    )
+    named: Any = {"input": said, "text": True, "timeout": COMMAND_SECONDS}
+    return subprocess.run([*map(str, command)], capture_output=True, **named)
 
 
 def do(*command: object, said: str | None = None) -> str:
@@ -74,9 +66,6 @@ def unique_name() -> str:
     return f"test{os.getpid()}n{next(NUMBERS)}"
 
 
-# Images
-
-
 def make_image(name: str, directory: Path, packages: str, hooks: Iterable[str] = ()) -> str:
     """An image of Debian's packages, those of the release that the public base is made of."""
     archive = directory / "image.tar"
@@ -88,8 +77,7 @@ def make_image(name: str, directory: Path, packages: str, hooks: Iterable[str] =
 
 
 def make_base(directory: Path) -> str:
-    """A base image like Python's public one; its name. Podman's package of the same Debian is left
-    in the directory, unpacked."""
+    """A base image like Python's public one; a newer podman is left unpacked in the directory."""
     where = "/usr/local/share/ca-certificates"
     certificates = [str(path) for path in Path(where).glob("*.crt")]
     hooks = [
@@ -103,23 +91,11 @@ def make_base(directory: Path) -> str:
     return make_image("localhost/mailroom-python:made", directory, packages, hooks)
 
 
-def make_systemd(directory: Path) -> str:
-    """An image with systemd, and what Python and its packages need; its name."""
-    packages = "systemd,python3,ca-certificates,libstdc++6"
-    return make_image("localhost/mailroom-systemd:made", directory, packages)
-
-
 def build(base: str, tag: str, context: Path = ROOT, *options: object) -> str:
     """Build the image as the README has it, but for the base; its name."""
     given = ["--network=host", "--timestamp=0", "--build-arg", f"PYTHON_IMAGE={base}", *options]
     podman("build", "--format=docker", *given, "-f", context / "Containerfile", "-t", tag, context)
     return tag
-
-
-def public_base() -> str:
-    """The base image that the Containerfile names."""
-    [name] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)", (ROOT / "Containerfile").read_text(), re.M)
-    return str(name)
 
 
 def littered(directory: Path, litter: Iterable[str]) -> None:
@@ -149,52 +125,28 @@ def inspected(kind: str, name: str) -> JSON:
     return dict(json.loads(podman(kind, "inspect", name))[0])
 
 
-# The README
-
-
-def readme_command(start: str) -> list[str]:
-    """The words of the command in the README that begins like this."""
+def readme_options() -> tuple[list[str], str]:
+    """The options by which the README shuts a container in, and by which it is started again."""
     lines = [line.strip(" `") for line in (ROOT / "README.md").read_text().splitlines()]
-    [line] = [line for line in lines if line.startswith(start)]
-    return shlex.split(line)
-
-
-def hardened() -> list[str]:
-    """The options by which the README shuts the container in."""
-    words = readme_command("podman run -d")
-    return words[words.index("--read-only") : words.index("--secret")]
-
-
-def readme_restart() -> str:
-    """The option by which the README has a container started again."""
-    [option] = [word for word in readme_command("podman run -d") if "--restart" in word]
-    return option
+    [line] = [line for line in lines if line.startswith("podman run -d")]
+    words = shlex.split(line)
+    [restart] = [word for word in words if "--restart" in word]
+    return words[words.index("--read-only") : words.index("--secret")], restart
 
 
 def run(*words: object) -> "subprocess.CompletedProcess[str]":
     """A container, shut in like that and without a network, that has ended by itself."""
-    return call("podman", "run", "--rm", "--network=none", *hardened(), *words)
-
-
-def python(code: str) -> "subprocess.CompletedProcess[str]":
-    """What came of Python code in the image."""
-    return run("--entrypoint=python", IMAGE, "-c", code)
-
-
-# Containers
+    return call("podman", "run", "--rm", "--network=none", *readme_options()[0], *words)
 
 
 def settings_of(server: JMAPServer, **settings: object) -> dict[str, str]:
     """Settings for a container on the host's network, as environment variables."""
     given = {"jmap_url": server.session_url, "health_port": free_port(), "poll_interval": 2}
-    given |= {"debounce_seconds": 0.05, **settings}
-    return {f"MAILROOM_{name.upper()}": str(value) for name, value in given.items()}
+    return tools.variables_of(given | {"debounce_seconds": 0.05} | settings)
 
 
 @dataclass
 class Container:
-    """A container that runs, or has run."""
-
     name: str
 
     @property
@@ -206,12 +158,10 @@ class Container:
     def state(self) -> JSON:
         return dict(inspected("container", self.name)["State"])
 
-    @property
-    def runs(self) -> bool:
-        return bool(self.state["Running"])
-
-    def check_confinement(self, user: int) -> None:
-        """The program is Python, nobody in particular, and can write nowhere."""
+    def check(self, server: JMAPServer, user: int) -> None:
+        """It works, is healthy, is Python run by nobody in particular, and can write nowhere."""
+        tap(server)
+        assert self.health() == 0
         assert json.loads(podman("exec", self.name, "python", "-c", CONFINEMENT)) == {
             "program": "python",
             "user": user,
@@ -221,7 +171,6 @@ class Container:
         }
 
     def health(self) -> int:
-        """The status of the health check: 0 is healthy."""
         return call("podman", "healthcheck", "run", self.name).returncode
 
     def strike(self, name: str) -> None:
@@ -265,22 +214,18 @@ def started(
     arguments: Iterable[str] = (),
     **settings: object,
 ) -> Iterator[Container]:
-    """A container, shut in as the README has it, with a token in a secret: the server's own, if no
-    other is given."""
+    """A container, shut in as the README has it, with the server's or another token in a secret."""
     name = unique_name()
     given = [f"-e={name}={value}" for name, value in settings_of(server, **settings).items()]
     given += ["-e=MAILROOM_JMAP_TOKEN_FILE=/token", f"--secret={name},target=/token", *options]
     with podman_secret(name, token or server.options.token), removed(name) as container:
-        words = ["run", "-d", f"--name={name}", "--pull=never", network, *hardened()]
+        words = ["run", "-d", f"--name={name}", "--pull=never", network, *readme_options()[0]]
         podman(*words, *given, IMAGE, *arguments)
         yield container
 
 
 def tap(server: JMAPServer, seconds: float = 30) -> None:
-    """A phone labels a mail in the Screener, and Mailroom does its work."""
-    mail = server.account.deliver("Bob <bob@shop.example>", ["Screener"])
-    server.account.label(mail, "@ToFeed")
-    server.wait_for(lambda: server.account.mailboxes_of(mail) == {"Feed"}, seconds)
+    tools.wait_filed(server, tools.tap(server, "Bob <bob@shop.example>"), seconds)
 
 
 def certificate(directory: Path, address: str) -> ssl.SSLContext:
@@ -308,23 +253,18 @@ def two_accounts(**named: Any) -> Iterator[dict[str, JMAPServer]]:
 def check_own(name: str, server: JMAPServer) -> None:
     """A tap is carried out, with this person's token and no other."""
     tap(server)
-    shown = {request.headers.get("authorization") for request in server.requests}
-    assert shown == {f"Bearer token-of-{name}"}
-
-
-# Units and YAML
+    assert {r.headers.get("authorization") for r in server.requests} == {f"Bearer token-of-{name}"}
 
 
 @contextmanager
 def kube_secret(name: str, token: str) -> Iterator[None]:
     """A Secret as it is in its file, or for a podman before 4.4 as that reads it: undecoded."""
-    version = podman("version", "-f", "{{.Client.Version}}")
-    if tuple(map(int, version.split(".")[:2])) < (4, 4):
-        with podman_secret(name, json.dumps({"data": {"token": token}})):
-            yield
-        return
+    version = podman("version", "-f", "{{.Client.Version}}").split(".")
     document = (DEPLOY / "mailroom.secret.yaml").read_text().replace("mailroom-alice", name)
-    podman("kube", "play", "-", said=document.replace("fmu1-...", token))
+    play, said = ["kube", "play", "-"], document.replace("fmu1-...", token)
+    if (int(version[0]), int(version[1])) < (4, 4):
+        play, said = ["secret", "create", name, "-"], json.dumps({"data": {"token": token}})
+    podman(*play, said=said)
     try:
         yield
     finally:
@@ -333,10 +273,10 @@ def kube_secret(name: str, token: str) -> Iterator[None]:
 
 def quadlet(workshop: Path) -> Path:
     """The generator of this machine's podman, or else of the newer one that came with the base."""
-    places = [Path("/usr/libexec/podman/quadlet"), workshop / "usr/libexec/podman/quadlet"]
-    found = [place for place in places if place.exists()]
-    assert found, "no quadlet: have podman 4.4 or newer, or MAKE_BASE=1"
-    return found[0]
+    for place in (Path("/"), workshop):
+        if (generator := place / "usr/libexec/podman/quadlet").exists():
+            return generator
+    raise AssertionError("no quadlet: have podman 4.4 or newer, or MAKE_BASE=1")
 
 
 def verify(unit: Path) -> None:
@@ -365,13 +305,11 @@ class Systemd(Container):
         return podman("exec", self.name, "sh", "-c", script)
 
     def give(self, account: str, token: str, settings: dict[str, str]) -> None:
-        """Write the files of an account."""
         lines = "\n".join(f"{name}={value}" for name, value in settings.items())
         self.sh(f"echo '{token}' > /etc/mailroom/{account}.token; chmod 600 /etc/mailroom/*")
         self.sh(f"echo '{lines}' > /etc/mailroom/{account}.env")
 
     def shows(self, account: str) -> dict[str, str]:
-        """What systemd says of the account's unit."""
         lines = self.sh(f"systemctl show mailroom@{account}").splitlines()
         return dict(line.split("=", 1) for line in lines)
 
@@ -383,8 +321,7 @@ class Systemd(Container):
 
 @contextmanager
 def systemd(image: str) -> Iterator[Systemd]:
-    """systemd as the first process of a container that may do everything. A unit that has failed
-    waits for seconds in place of minutes."""
+    """systemd in a container that may do everything; a unit that has failed waits for seconds."""
     with removed(unique_name()) as container:
         machine = Systemd(container.name)
         unit = DEPLOY / "mailroom@.service"

@@ -1,27 +1,14 @@
 """A real Cyrus IMAP for tests: JMAP mail, CardDAV and IMAP on free loopback ports.
 
-    with CyrusServer() as cyrus:
-        alice = cyrus.add_user("alice")
-        alice.create_mailboxes(["Screener", "@ToFeed", "Lists", "Lists/Python"])
-        alice.deliver("Bob <bob@shop.example>", mailbox="Screener", subject="Sale")
-        alice.jmap([["Mailbox/get", {"ids": None}, "0"]])
-
-    with CyrusServer(version="3.12") as cyrus:  # push, and an index that finds senders
-        ...
-
-3.6 comes from the machine's own packages, 3.12 from those of a newer Debian in a root file system
-that is made once per machine. Every instance is its own: directory, ports, keys and process group,
-so several can run at once.
-Without the packages, or without the right to run them, entering raises `CyrusUnavailableError`
-or `BootstrapError`: a missing Cyrus is a clear message, never a test that passes or is skipped.
+3.6 comes from the machine's own packages; 3.12, with push and an index that finds senders, from
+those of a newer Debian in a root file system that is made once per machine. Several can run at
+once. One that is missing, or may not be run, is an error, never a test that passes or is skipped.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import email.message
-import email.utils
 import fcntl
 import hashlib
 import hmac
@@ -34,6 +21,8 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from email.message import EmailMessage
+from email.utils import formatdate, make_msgid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,14 +30,7 @@ import vobject  # type: ignore[import-untyped]
 from debian_root import make_root
 from ports import free_ports
 from processes import wait_for
-from real_server import (
-    START_DEADLINE,
-    STOP_DEADLINE,
-    RealServer,
-    UnavailableError,
-    http_session,
-    vcards,
-)
+from real_server import START_DEADLINE, RealServer, UnavailableError, http_session, vcards
 
 INSTALL = (
     "apt-get install -y --no-install-recommends "
@@ -111,30 +93,24 @@ DAEMON {{
 """
 URN = "urn:uuid:"
 INDEXER = '  squatter cmd="squatter -C {home}/imapd.conf -R"\n'
-
-
+DOMAIN = "mailroom.example"
 CyrusUnavailableError = UnavailableError
 
 
 class CyrusServer(RealServer):
-    """One running Cyrus.
-
-    `search=True` adds a Xapian index that follows new mail; 3.12 always has one. Cyrus knows a user
-    of its default domain by the bare name; `full_usernames=True` makes the whole address the user
-    name. `more` are further lines for its imapd.conf.
-    """
+    """One running Cyrus. `search=True` adds a Xapian index that follows new mail; 3.12 always has
+    one. It knows a user of its default domain by the bare name, with `full_usernames=True` by the
+    whole address. `more` are further lines for its imapd.conf."""
 
     def __init__(
         self,
-        domain: str = "mailroom.example",
         *,
         version: Version = "3.6",
         search: bool = False,
         full_usernames: bool = False,
         more: str = "",
     ) -> None:
-        self.domain = domain
-        self.default_domain = "default.invalid" if full_usernames else domain
+        self.default_domain = "default.invalid" if full_usernames else DOMAIN
         self.version, self.more = version, more
         self.search = search or version == "3.12"
         self.imap_port = self.http_port = 0
@@ -142,7 +118,6 @@ class CyrusServer(RealServer):
 
     @property
     def origin(self) -> str:
-        """The HTTP server's root, without a trailing slash."""
         return f"http://127.0.0.1:{self.http_port}"
 
     def open(self, stack: contextlib.ExitStack) -> None:
@@ -159,19 +134,19 @@ class CyrusServer(RealServer):
     def start(self) -> None:
         """Start it, also again with all that it holds, and wait until it answers."""
         self.process = self._spawn()
-        self.wait_until_up(self._probe_imap, self._probe_http)
+        self.wait_until_up(self._probe)
 
     def stop(self) -> None:
         """Kill the master with all its children: it would leave the detached `idled` behind."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(STOP_DEADLINE)
+        self.process.wait()
 
     def add_user(self, name: str) -> CyrusUser:
         """Create the user's inbox (the address book comes with the first CardDAV request)."""
         user = CyrusUser(self, name)
         with self.imap("cyrus") as admin:
-            _ok(admin.create(_quoted(f"user/{user.address}")))
+            _ok(admin.create(f'"user/{user.address}"'))
         self.stack.callback(user.http.close)
         return user
 
@@ -184,27 +159,23 @@ class CyrusServer(RealServer):
 
     def token(self, username: str) -> str:
         """A Bearer token for the user: Cyrus wants `sub` and accepts no other claim."""
-        parts = [_base64url({"alg": "HS256", "typ": "JWT"}), _base64url({"sub": username})]
-        signature = hmac.digest(self._key, ".".join(parts).encode(), hashlib.sha256)
-        return ".".join([*parts, base64.urlsafe_b64encode(signature).decode().rstrip("=")])
+        head = json.dumps({"alg": "HS256", "typ": "JWT"}), json.dumps({"sub": username})
+        signed = ".".join(_base64url(part.encode()) for part in head)
+        return f"{signed}.{_base64url(hmac.digest(self._key, signed.encode(), hashlib.sha256))}"
 
     def _configure(self, owner: tuple[int, int]) -> None:
         """Write both configuration files and the key into directories that Cyrus owns."""
         for name in ("conf/db", "conf/socket", "mail", "run", "keys", "search"):
             (self.home / name).mkdir(parents=True)
         self.imap_port, self.http_port = free_ports(2)
-        known = {
-            "home": self._inner_home,
-            "default_domain": self.default_domain,
-            "imap": self.imap_port,
-            "http": self.http_port,
-            "daemons": INDEXER.format(home=self._inner_home) if self.search else "",
-        }
+        home, known = self._inner_home, {"imap": f"{self.imap_port}", "http": f"{self.http_port}"}
         imapd_conf = IMAPD_CONF + (XAPIAN_SEARCH if self.search else NO_SEARCH) + self.more
         imapd_conf += PUSH if self.version == "3.12" else ""
+        imapd_conf = imapd_conf.format(home=home, default_domain=self.default_domain)
+        (self.home / "imapd.conf").write_text(imapd_conf)
+        known["daemons"] = INDEXER.format(home=home) if self.search else ""
+        (self.home / "cyrus.conf").write_text(CYRUS_CONF.format(home=home, **known))
         pem = f"-----BEGIN HMAC KEY-----\n{base64.b64encode(self._key).decode()}\n"
-        (self.home / "imapd.conf").write_text(imapd_conf.format(**known))
-        (self.home / "cyrus.conf").write_text(CYRUS_CONF.format(**known))
         (self.home / "keys" / "hmac.pem").write_text(f"{pem}-----END HMAC KEY-----\n")
         for path in (self.home, *self.home.rglob("*")):
             os.chown(path, *owner)
@@ -216,25 +187,17 @@ class CyrusServer(RealServer):
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         """Start the master in a process group of its own, which is how all of it is found again."""
-        home = self._inner_home
+        home, path = self._inner_home, "/usr/sbin:/usr/bin:/sbin:/bin"
         files = ["-C", f"{home}/imapd.conf", "-M", f"{home}/cyrus.conf", "-p", f"{home}/run/pid"]
         # -L is for the children; what the master says before it obeys -L comes on stderr.
+        command = ["chroot", str(self._root), f"/{MASTER}", "-D", *files, "-L", f"{home}/log"]
+        given: Any = {"env": {"PATH": path, "CYRUS_VERBOSE": "1"}, "start_new_session": True}
+        given |= {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with (self.home / "log").open("ab") as log:
-            return subprocess.Popen(
-                ["chroot", str(self._root), f"/{MASTER}", "-D", *files, "-L", f"{home}/log"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "CYRUS_VERBOSE": "1"},
-                start_new_session=True,
-            )
+            return subprocess.Popen(command, stdout=log, **given)
 
-    def _probe_imap(self) -> None:
-        with self.imap("cyrus"):
-            pass
-
-    def _probe_http(self) -> None:
-        with http_session() as http:
+    def _probe(self) -> None:
+        with self.imap("cyrus"), http_session() as http:
             http.options(f"{self.origin}/", timeout=5)
 
 
@@ -244,48 +207,39 @@ class CyrusUser:
     password = "any"  # the server takes every password
 
     def __init__(self, server: CyrusServer, name: str) -> None:
-        self.server = server
-        self.name = name
-        self.address = f"{name}@{server.domain}"
-        self.username = name if server.domain == server.default_domain else self.address
+        self.server, self.address = server, f"{name}@{DOMAIN}"
+        self.username = name if server.default_domain == DOMAIN else self.address
         self.token = server.token(self.username)
         self.jmap_url = f"{server.origin}/jmap/"
-        self.carddav_url = f"{server.origin}/"
         self.addressbook_url = f"{server.origin}/dav/addressbooks/user/{self.username}/Default/"
         self.http = http_session()
         self.http.headers["Authorization"] = f"Bearer {self.token}"
 
-    def create_mailboxes(self, paths: Iterable[str]) -> dict[str, str]:
-        """Create mailboxes in the order given (`Lists/Python` is nested); returns their ids."""
-        return {path: self.create_mailbox(path) for path in paths}
+    def create_mailboxes(self, paths: Iterable[str]) -> None:
+        """Create mailboxes in the order given (`Lists/Python` is nested)."""
+        for path in paths:
+            self.create_mailbox(path)
 
-    def create_mailbox(self, path: str, role: str | None = None) -> str:
-        """Create one subscribed mailbox, the parent of which exists, and return its id."""
+    def create_mailbox(self, path: str, role: str | None = None) -> None:
+        """Create one subscribed mailbox, the parent of which exists."""
         parent, _, name = path.rpartition("/")
         parent_id = self.mailbox_ids()[parent] if parent else None
         wanted = {"name": name, "parentId": parent_id, "role": role, "isSubscribed": True}
         [[_, answer, _]] = self.jmap([["Mailbox/set", {"create": {"new": wanted}}, "0"]])
         if not answer.get("created"):
             raise ValueError(f"Cyrus did not create {path}: {answer}")
-        return str(answer["created"]["new"]["id"])
 
-    def deliver(
-        self,
-        from_: str | None,
-        mailbox: str = "INBOX",
-        subject: str = "Hello",
-        *,
-        headers: dict[str, str] | None = None,
-    ) -> str:
-        """Put a mail (without a sender, if that is None) into a mailbox; returns its Message-ID."""
-        mail = _mail(from_, self.address, subject, headers or {})
-        self.append(mail.as_bytes(), mailbox)
-        return str(mail["Message-ID"])
-
-    def append(self, mail: bytes, mailbox: str = "INBOX") -> None:
-        """Put a mail into a mailbox (an ASCII path) over IMAP, as it is."""
+    def deliver(self, from_: str | None, mailbox: str = "INBOX", subject: str = "Hello") -> str:
+        """Put a mail into a mailbox (an ASCII path); returns its Message-ID."""
+        mail = EmailMessage()
+        mail["To"], mail["Subject"], mail["Date"] = self.address, subject, formatdate()
+        mail["Message-ID"] = identity = make_msgid(domain="mail.example")
+        if from_ is not None:
+            mail["From"] = from_
+        mail.set_content("A mail of the tests.\n")
         with self.server.imap(self.address) as connection:
-            _ok(connection.append(_quoted(mailbox), "", "", mail))
+            _ok(connection.append(f'"{mailbox}"', "", "", mail.as_bytes()))
+        return identity
 
     def jmap(self, calls: list[list[Any]]) -> list[list[Any]]:
         """Send method calls (`accountId` is filled in) and return the method responses."""
@@ -293,11 +247,9 @@ class CyrusUser:
         request = {"using": CAPABILITIES, "methodCalls": full}
         response = self.http.post(self.jmap_url, json=request, timeout=30)
         response.raise_for_status()
-        answers: list[list[Any]] = response.json()["methodResponses"]
-        return answers
+        return [*response.json()["methodResponses"]]
 
     def mailbox_ids(self) -> dict[str, str]:
-        """The id of every mailbox by its path."""
         [[_, answer, _]] = self.jmap([["Mailbox/get", {"ids": None}, "0"]])
         by_id = {mailbox["id"]: mailbox for mailbox in answer["list"]}
 
@@ -310,21 +262,15 @@ class CyrusUser:
     def mails(self) -> dict[str, set[str]]:
         """The mailbox paths of every mail, by the mail's subject."""
         paths = {identity: path for path, identity in self.mailbox_ids().items()}
-        return {
-            mail["subject"]: {paths[one] for one in mail["mailboxIds"]}
-            for mail in self._all_mails()
-        }
+        found = ((mail["subject"], mail["mailboxIds"]) for mail in self._all_mails())
+        return {subject: {paths[one] for one in boxes} for subject, boxes in found}
 
     def _all_mails(self) -> list[dict[str, Any]]:
         found = {"resultOf": "0", "name": "Email/query", "path": "/ids"}
         get = {"#ids": found, "properties": ["subject", "mailboxIds"]}
-        mails: list[dict[str, Any]] = self.jmap(
-            [["Email/query", {}, "0"], ["Email/get", get, "1"]]
-        )[1][1]["list"]
-        return mails
+        return [*self.jmap([["Email/query", {}, "0"], ["Email/get", get, "1"]])[1][1]["list"]]
 
     def mail_ids(self) -> dict[str, str]:
-        """The id of every mail by its subject."""
         return {mail["subject"]: mail["id"] for mail in self._all_mails()}
 
     def patch(self, patches: Mapping[str, Mapping[str, bool | None]]) -> None:
@@ -354,10 +300,7 @@ class CyrusUser:
         return found
 
     def vcards(self) -> list[str]:
-        """Every card of the address book."""
-        login = (self.username, self.password)
-        with http_session() as http:
-            return [*vcards(http, self.addressbook_url, login).values()]
+        return [*vcards(self.http, self.addressbook_url, (self.username, self.password)).values()]
 
     def wait_until_indexed(self, sender: str, count: int) -> None:
         """Wait until the search index, which lags behind arrivals, knows this many mails."""
@@ -404,28 +347,8 @@ def _remove(home: Path) -> None:
             return
 
 
-def _mail(
-    from_: str | None, to: str, subject: str, headers: dict[str, str]
-) -> email.message.EmailMessage:
-    mail = email.message.EmailMessage()
-    fields = {"To": to, "Subject": subject, "Date": email.utils.formatdate()}
-    sender = {} if from_ is None else {"From": from_}
-    unique = {"Message-ID": email.utils.make_msgid(domain="mail.example")}
-    for name, value in {**sender, **fields, **unique, **headers}.items():
-        mail[name] = value
-    mail.set_content("A mail of the tests.\n")
-    return mail
-
-
-def _base64url(value: dict[str, str]) -> str:
-    text = json.dumps(value, separators=(",", ":")).encode()
-    return base64.urlsafe_b64encode(text).decode().rstrip("=")
-
-
-def _quoted(name: str) -> str:
-    """A mailbox name as an IMAP string; imaplib quotes nothing by itself."""
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def _base64url(value: bytes) -> str:
+    return base64.urlsafe_b64encode(value).decode().rstrip("=")
 
 
 def _ok(answer: tuple[str, list[Any]]) -> None:

@@ -1,6 +1,4 @@
-"""What `nox -s live` works with: the names of all that it makes, the user's phone, an ear on the
-event stream, and Mailroom as a process. What they tell goes into a report: it has no secret in it.
-"""
+"""What `nox -s live` works with. What it tells goes into a report: it has no secret in it."""
 
 import mailroom  # noqa: I001  (its import is the monkey patch)
 
@@ -10,12 +8,11 @@ import re
 import subprocess
 import sys
 import time
-import uuid
 from collections import Counter
 from contextlib import suppress
 from email.message import EmailMessage
 from email.policy import SMTP
-from email.utils import formatdate
+from email.utils import formatdate, make_msgid
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -34,18 +31,17 @@ NAMES = [PREFIX + name for name in ("Screener", "Feed", "Jail", "@ToFeed", "@ToJ
 NAMES += [PREFIX + name for name in ("@ToScreener", "@Error", "@Warning", "made")]
 SCREENER, FEED, JAIL, TO_FEED, TO_JAIL, UNDO, ERROR, WARNING, GROUP = NAMES
 SENDER, ADDRESS = PREFIX + "sender", "sender@mailroom-test.example"
-KEYS = ("name", "label", "contact_group", "destination_mailbox")
-ROWS = ((FEED, TO_FEED, FEED, FEED), (JAIL, TO_JAIL, JAIL, JAIL))
+CATEGORIES = [{"name": FEED, "label": TO_FEED}, {"name": JAIL, "label": TO_JAIL}]
 OWN = {
-    "SCREENER_MAILBOX": SCREENER,
-    "LABEL_MAILROOM_ERROR": ERROR,
-    "LABEL_MAILROOM_WARNING": WARNING,
-    "LABEL_UNDO": UNDO,
-    "PROVENANCE_GROUP": GROUP,
-    "TRIAGE_CATEGORIES": json.dumps([dict(zip(KEYS, row, strict=True)) for row in ROWS]),
-    "HEALTH_PORT": "0",
-    "LOG_LEVEL": "debug",
-    "LOG_FORMAT": "json",
+    "MAILROOM_SCREENER_MAILBOX": SCREENER,
+    "MAILROOM_LABEL_MAILROOM_ERROR": ERROR,
+    "MAILROOM_LABEL_MAILROOM_WARNING": WARNING,
+    "MAILROOM_LABEL_UNDO": UNDO,
+    "MAILROOM_PROVENANCE_GROUP": GROUP,
+    "MAILROOM_TRIAGE_CATEGORIES": json.dumps(CATEGORIES),
+    "MAILROOM_HEALTH_PORT": "0",
+    "MAILROOM_LOG_LEVEL": "debug",
+    "MAILROOM_LOG_FORMAT": "json",
 }
 # The user's variables that hold for the test, too.
 USERS = re.compile("(?!MAILROOM_).*|MAILROOM_((JMAP|CARDDAV)_.*|POLL_INTERVAL|DEBOUNCE_SECONDS)")
@@ -56,8 +52,7 @@ class LiveError(MailroomError):
 
 
 class JMAP:
-    """The user's phone, which makes its calls one at a time, as Mailroom's own client does. Raises
-    MailroomError for whatever is not as it should."""
+    """The user's phone. Raises MailroomError for whatever is not as it should."""
 
     def __init__(self, settings: mailroom.MailroomSettings) -> None:
         self.settings, (self.client, _) = settings, mailroom.new_clients(settings)
@@ -67,11 +62,10 @@ class JMAP:
         self.session: JSON = json.loads(body)
         upload = self.session["uploadUrl"].replace("{accountId}", self.client.account_id)
         self.upload_url = urljoin(reply.url, upload)
-        self.has_cards = bool(self.client.account(mailroom.CONTACTS))
-        self.has_cards &= not settings.carddav_username
+        has_contacts = bool(self.client.account(mailroom.CONTACTS))
+        self.has_cards = has_contacts and not settings.carddav_username
 
     def new_http(self) -> HTTPClient:
-        """A connection with the credentials."""
         auth = mailroom.credentials(self.settings.jmap_token, self.settings.jmap_username)
         return HTTPClient(auth, "MAILROOM_JMAP_URL", mailroom.JMAP_REMEDY)
 
@@ -95,7 +89,7 @@ class JMAP:
         """The id of a new message of the made-up sender (RFC 8620 6.1, RFC 8621 4.8)."""
         mail = EmailMessage(SMTP)  # with CRLF, as Cyrus demands
         mail["From"], mail["Subject"], mail["Date"] = f"{SENDER} <{ADDRESS}>", subject, formatdate()
-        mail["Message-ID"] = f"<{uuid.uuid4()}@mailroom-test.example>"
+        mail["Message-ID"] = make_msgid(domain="mailroom-test.example")
         mail.set_content("A message of Mailroom's own test, to be deleted.\n")
         kind = {"Content-Type": "message/rfc822"}
         accept = (200, 201)
@@ -110,8 +104,7 @@ class JMAP:
         return {box["name"]: box["id"] for box in found if box["name"] in NAMES}
 
     def cards(self) -> list[JSON]:
-        """The contact with the made-up address, and the groups called as those made here; none
-        where contacts are not kept over JMAP."""
+        """The made-up contact and the groups made here; none where contacts are not over JMAP."""
         found: list[JSON] = []
         for where in ({"email": ADDRESS}, {"kind": "group"}) if self.has_cards else ():
             ids = self.call("ContactCard/query", filter=where)["ids"]
@@ -120,7 +113,6 @@ class JMAP:
 
 
 def name_of(card: JSON) -> str:
-    """The name of a group, empty for a contact."""
     return str((card.get("name") or {}).get("full")) if card.get("kind") == "group" else ""
 
 
@@ -173,10 +165,19 @@ class Stream:
                 name = value.strip() if field == "event" else "message"
 
     def report(self) -> dict[str, str]:
-        still = [f"open for {time.monotonic() - self.since:.1f} s"] if self.since else []
+        if self.since:
+            self.ends.append(f"open for {time.monotonic() - self.since:.1f} s")
+        stood = "; ".join(self.ends) or "never"
         events = ", ".join(f"{number} x {what}" for what, number in self.events.items())
-        stood = "; ".join(self.ends + still)
-        return {"stream": self.how, "stood": stood or "never", "events": events or "none"}
+        return {"stream": self.how, "stood": stood, "events": events or "none"}
+
+
+def end(process: "subprocess.Popen[bytes]", seconds: float) -> int:
+    """The exit status of a process that has so long to end by itself."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    return process.wait()
 
 
 # Mailroom as it is, with a line of urllib3's own log for each request.
@@ -194,6 +195,7 @@ class Mailroom:
     def __init__(self, program: Path, home: Path) -> None:
         self.program, self.log, self.output = program, home / "log", home / "out"
         self.process: subprocess.Popen[bytes] | None = None
+        self.log.touch()
         # No Ctrl-C comes here, so that no process is started that nobody knows of.
         self.apart: gevent.Greenlet[..., Any] = gevent.spawn(bool)
 
@@ -214,26 +216,20 @@ class Mailroom:
         self.apart.join(COMMAND_SECONDS)
         if self.process:
             self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_SECONDS)
-            self.process.kill()
-            self.process.wait()
+            end(self.process, STOP_SECONDS)
 
     def start(self, log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
         """Mailroom with the user's access and with the names made here. In a session of its own: a
         Ctrl-C is for this program alone, which goes on to clean up."""
-        given = {name: value for name, value in os.environ.items() if USERS.fullmatch(name)}
-        given |= {f"MAILROOM_{name}": value for name, value in OWN.items()}
+        kept = {name: value for name, value in os.environ.items() if USERS.fullmatch(name)}
+        given: Any = {"env": kept | OWN, "start_new_session": True}
         counted = [] if arguments else ["-c", COUNTED]
         command: list[Any] = [sys.executable, *counted, self.program, *arguments]
         with log.open("wb") as file:
-            return subprocess.Popen(
-                command, env=given, stdout=file, stderr=file, start_new_session=True
-            )
+            return subprocess.Popen(command, stdout=file, stderr=file, **given)
 
     def command(self, *arguments: str) -> list[str]:
-        """What a command prints. Interrupted, it still goes on to its end: what it makes has to be
-        there when it is looked for."""
+        """What a command prints. Interrupted, it goes on to its end: what it makes is found."""
         self.apart = gevent.spawn(self._command, *arguments)
         status = self.apart.get()
         lines = self.output.read_text(errors="replace").splitlines()
@@ -242,24 +238,18 @@ class Mailroom:
         return lines
 
     def _command(self, *arguments: str) -> int:
-        process = self.start(self.output, *arguments)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(COMMAND_SECONDS)
-        process.kill()
-        return process.wait()
+        return end(self.start(self.output, *arguments), COMMAND_SECONDS)
 
     def present(self) -> list[str]:
         """What there is that is called like what is made here."""
         return [line for line in self.command("setup") if re.search(r"^there |: there is ", line)]
 
     def requests(self) -> int:
-        """How many it has made."""
         return len(REQUEST.findall(self.log.read_text(errors="replace")))
 
     def lines(self) -> list[JSON]:
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        found = text[: text.rfind("\n") + 1].splitlines()
-        return [json.loads(line) for line in found if line.startswith("{")]
+        *lines, _ = self.log.read_text(errors="replace").split("\n")
+        return [json.loads(line) for line in lines if line.startswith("{")]
 
     def logged(self, event: str) -> list[JSON]:
         return [line for line in self.lines() if line["event"] == event]

@@ -1,7 +1,6 @@
-"""The program as a user starts it, and what can be seen of it from outside: what it logs, its
-health page and its exit status."""
+"""The program as a user starts it, and what can be seen of it from outside."""
 
-import mailroom  # noqa: I001  (its import is the monkey patch)
+import mailroom  # noqa: F401, I001  (its import is the monkey patch)
 
 import json
 import os
@@ -14,9 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import gevent
 import requests
+from tools import PROGRAM, started
 
-PROGRAM = Path(mailroom.__file__)
 DEADLINE, STEP, STOP_SECONDS = 30.0, 0.05, 5.0
 
 
@@ -47,7 +47,6 @@ class Program:
         return [line for line in lines if re.search(pattern, line["event"])]
 
     def wait_for_cycles(self, more: int) -> None:
-        """Wait for so many further cycles to end."""
         goal = len(self.logged("^cycle done$")) + more
         wait_for(lambda: len(self.logged("^cycle done$")) >= goal, self.output.read_text)
 
@@ -65,9 +64,21 @@ class Program:
         return False
 
     def stop(self) -> int:
-        """Ask it to; the exit status."""
         self.process.terminate()
         return self.process.wait(STOP_SECONDS)
+
+
+@contextmanager
+def talking(*command: object, **environment: str) -> Iterator["subprocess.Popen[str]"]:
+    """A Python program with its output and errors in one pipe; gone at the end in any case."""
+    words, pipe = [sys.executable, *map(str, command)], subprocess.PIPE
+    named: Any = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, env={**os.environ, **environment}, **named) as process:
+        try:
+            with gevent.Timeout(90, AssertionError(f"{command} was not done in time")):
+                yield process
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -75,13 +86,5 @@ def program(
     output: Path, *arguments: str, path: object = PROGRAM, **settings: object
 ) -> Iterator[Program]:
     """The program as a user starts it; it is killed at the end if it has not ended."""
-    variables = {f"MAILROOM_{name.upper()}": str(value) for name, value in settings.items()}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
-    command, environment = [sys.executable, str(path), *arguments], kept | variables
-    with output.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    try:
-        yield Program(process, output, int(variables["MAILROOM_HEALTH_PORT"]))
-    finally:
-        process.kill()
-        process.wait()
+    with started(output, path, *arguments, **settings) as process:
+        yield Program(process, output, int(str(settings["health_port"])))

@@ -9,7 +9,6 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 from urllib.parse import urljoin
 
@@ -37,44 +36,28 @@ class RealServer:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop every process of this instance and remove its directory."""
+    def __exit__(self, *_: object) -> None:
         self.stack.close()
 
     def open(self, stack: contextlib.ExitStack) -> None:
         """Start it; on the stack is how all of it goes again."""
         raise NotImplementedError
 
-    def wait_until_up(self, *probes: Callable[[], object]) -> None:
-        """Poll the handshakes until each has answered once."""
+    def wait_until_up(self, probe: Callable[[], object]) -> None:
+        """Poll the handshake until it has been answered once."""
         deadline = time.monotonic() + START_DEADLINE
-        for probe in probes:
-            while (error := failure_of(probe)) is not None:
+        while True:
+            try:
+                probe()
+                return
+            except Exception as error:
                 if self.process.poll() is not None or time.monotonic() > deadline:
+                    log = (self.home / "log").read_text(errors="replace")
                     raise UnavailableError(
                         f"{type(self).__name__} did not come up: {error!r}, master status "
-                        f"{self.process.poll()}. Its log:\n{self.log_tail()}"
-                    )
-                time.sleep(POLL_STEP)
-
-    def log_tail(self, lines: int = 40) -> str:
-        """The end of the server's log."""
-        with contextlib.suppress(OSError):
-            return "\n".join((self.home / "log").read_text(errors="replace").splitlines()[-lines:])
-        return ""
-
-
-def failure_of(probe: Callable[[], object]) -> Exception | None:
-    try:
-        probe()
-    except Exception as error:
-        return error
-    return None
+                        f"{self.process.poll()}. The end of its log:\n{log[-4000:]}"
+                    ) from None
+            time.sleep(POLL_STEP)
 
 
 def http_session(login: tuple[str, str] | None = None) -> requests.Session:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import gevent
-from jmap_server import CATEGORIES, JSON, Account, JMAPServer, Options, Request
+from jmap_server import JSON, Account, JMAPServer, Options, Request
 
 import mailroom
 
@@ -31,32 +30,32 @@ SERVERS: dict[str, Callable[..., Options]] = {
 }
 PROGRAM = Path(mailroom.__file__)
 FOREIGN = ("Inbox", "Archive", "Drafts", "Sent", "Junk", "Trash", "Mine")
-COUNTS: Counter[str] = Counter()
-"""What the tests tried so often, shown at the end of the run."""
-CARD_PATHS = re.compile(r"members(/[^/]+)?")
+COUNTS: Counter[str] = Counter()  # what the tests tried so often, shown at the end of the run
+
+
+def access_to(server: JMAPServer) -> JSON:
+    """The settings with which Mailroom comes to the server's account."""
+    return {"jmap_token": server.options.token, "jmap_url": server.session_url}
 
 
 def settings_for(server: JMAPServer, **changes: Any) -> mailroom.MailroomSettings:
     """Settings for this server, with time scaled down."""
-    given = {"jmap_url": server.session_url, "jmap_token": server.options.token, **changes}
-    return mailroom.MailroomSettings(**{"health_port": 0, "debounce_seconds": 0.02, **given})
+    scaled = {"health_port": 0, "debounce_seconds": 0.02}
+    return mailroom.MailroomSettings(**access_to(server) | scaled | changes)
 
 
 def new_triage(settings: mailroom.MailroomSettings) -> mailroom.Triage:
-    """Triage with nothing of the service around it."""
     return mailroom.Triage(settings, *mailroom.new_clients(settings), Counter())
 
 
 def check_wire(server: JMAPServer, *, takes_back: bool = False) -> None:
-    """What was ever asked of the server kept to the rules: only mailboxes that are Mailroom's are
-    left, each patch that leaves one names one that stays, and of the cards that there are only the
-    members of groups are changed; no message is destroyed or made. `takes_back`: where triage is
-    undone a message may leave the Inbox, and contacts may go that were made here."""
-    account = server.account
+    """All that was asked kept to the rules: only mailboxes that are Mailroom's are left, for one
+    that stays; of the cards that there are only the members of groups are changed; no message is
+    destroyed or made. `takes_back`: messages may leave the Inbox, and contacts made here may go."""
     made = [*(write.reply.get("created") or {} for write in server.writes)]
     own = {each["id"] for created in made for each in created.values() if "id" in each}
-    foreign = {box.id for box in account.mailboxes.values() if box.name in FOREIGN}
-    inbox = account.mailbox_id("Inbox")
+    kept = {*FOREIGN} - ({"Inbox"} if takes_back else set())
+    foreign = {box.id for box in server.account.mailboxes.values() if box.name in kept}
     for call in server.calls("Email/set"):
         assert not call.get("destroy")
         assert not call.get("create")
@@ -68,30 +67,22 @@ def check_wire(server: JMAPServer, *, takes_back: bool = False) -> None:
             added = {path.partition("/")[2] for path, stays in patch.items() if stays is True}
             assert len(taken) + len(added) == len(patch)
             assert added, f"{patch} names no mailbox that stays"
-            back = {inbox} if takes_back else set()
-            assert not taken & foreign - back, f"{patch} takes a message out of a user's mailbox"
+            assert not taken & foreign, f"{patch} takes a message out of a user's mailbox"
     for call in server.calls("ContactCard/set"):
         assert set(call.get("destroy") or ()) <= (own if takes_back else set())
         for patch in (call.get("update") or {}).values():
             assert patch, "an empty patch"
-            assert all(CARD_PATHS.fullmatch(path) for path in patch), patch
+            assert all(re.fullmatch(r"members(/[^/]+)?", path) for path in patch), patch
 
 
 class Scene:
-    """An account and a triage, used as `with Scene(options) as scene:`. At the end all the promises
-    are checked, and that one more cycle is a single request that writes nothing. `takes_back`: the
-    account has the undo label."""
+    """An account and a triage. At the end of the `with` all the promises are checked, and that one
+    more cycle is a single request that writes nothing. `takes_back`: there is the undo label."""
 
     def __init__(
-        self,
-        options: Options | None = None,
-        *,
-        categories: Iterable[str] = CATEGORIES,
-        connect: bool = True,
-        takes_back: bool = False,
-        **settings: Any,
+        self, options: Options | None = None, *, takes_back: bool = False, **settings: Any
     ) -> None:
-        self.server = JMAPServer.with_mailroom_account(options, categories)
+        self.server = JMAPServer.with_mailroom_account(options)
         self.account = self.server.account
         self.account.add_mailbox("Mine")
         self.takes_back = takes_back
@@ -99,29 +90,22 @@ class Scene:
             self.account.add_mailbox("@ToScreener")
         self._settings = settings_for(self.server, **settings)
         self.restart()
-        self.removed: set[str] = set()
         self.last: list[Request] = []
         self.most_idle = 1
-        self._connect = connect
 
     def __enter__(self) -> "Scene":
-        if self._connect:
-            self.cycle()
+        self.cycle()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if error is None:
+            if kind is None:
                 self.check()
         finally:
             self.server.stop()
 
-    # What happens
-
     def cycle(self) -> dict[str, str]:
-        """One cycle; {sender: why it failed}. `last` are its requests."""
+        """{sender: why it failed}. `last` are its requests."""
         start = len(self.server.requests)
         try:
             return self.triage.run()
@@ -132,7 +116,6 @@ class Scene:
             self.last = self.server.requests[start:]
 
     def heal(self, cycles: int = 4) -> None:
-        """Cycles until one has gone well."""
         for _ in range(cycles):
             with suppress(mailroom.MailroomError):
                 if not self.cycle():
@@ -145,11 +128,6 @@ class Scene:
     def new_sender(self, sender: str, mails: int = 1, box: str = "Screener") -> list[str]:
         return [self.account.deliver(sender, [box], subject=f"mail {n}") for n in range(mails)]
 
-    def remove_mail(self, mail_id: str) -> None:
-        """The user deletes a mail for good."""
-        self.removed.add(mail_id)
-        self.account.remove_mail(mail_id)
-
     def lose(self, name: str) -> None:
         """The user deletes a mailbox, a label or `the group NAME`."""
         if name.startswith("the group "):
@@ -158,22 +136,17 @@ class Scene:
             self.account.remove_mailbox(name)
 
     def make(self, name: str) -> None:
-        """The same the other way round."""
         if name.startswith("the group "):
             self.account.add_group(name[10:])
         else:
             self.account.add_mailbox(name)
 
     def restart(self) -> None:
-        """Another Mailroom takes over."""
         self.triage = new_triage(self._settings)
-
-    # What is there
 
     def is_complete(self) -> bool:
         """Whether `setup` finds all that Mailroom needs."""
-        given = {"jmap_url": self.server.session_url, "jmap_token": self.server.options.token}
-        return {0: True, 1: False}[command("setup", **given).status]
+        return {0: True, 1: False}[command("setup", **access_to(self.server)).status]
 
     def boxes(self, mails: Iterable[str]) -> list[set[str]]:
         return [self.account.mailboxes_of(mail) for mail in mails]
@@ -191,28 +164,19 @@ class Scene:
         return boxes, cards_of(self.account)
 
     def labelled(self) -> set[str]:
-        """The mails under any triage label."""
-        return {
-            mail
-            for box in self.account.mailboxes.values()
-            if box.name.startswith("@To")
-            for mail in box.mails
-        }
-
-    # What has to hold
+        labels = [b for b in self.account.mailboxes.values() if b.name.startswith("@To")]
+        return {mail for label in labels for mail in label.mails}
 
     def check(self) -> None:
         self.check_idle()
-        check_account(self.server, self.removed, takes_back=self.takes_back)
+        check_account(self.server, takes_back=self.takes_back)
 
     def check_idle(self) -> None:
         """A cycle right after a cycle asks one thing and writes nothing."""
-        writes = len(self.server.writes)
         assert self.cycle() == {}
         methods = [request.methods for request in self.last]
         assert 1 <= len(methods) <= self.most_idle, methods
-        assert not any(name.endswith("/set") for names in methods for name in names)
-        assert len(self.server.writes) == writes
+        assert not any(name.endswith(("/set", "/import")) for names in methods for name in names)
 
 
 def cards_of(account: Account) -> dict[str, JSON]:
@@ -239,9 +203,6 @@ def check_account(
     assert server.crashes == []
 
 
-# The service
-
-
 SAMPLE = re.compile(
     r'([a-zA-Z_:][\w:]*)(\{(?:\w+="(?:[^"\\]|\\["\\n])*",?)*\})? (-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)'
 )
@@ -250,19 +211,17 @@ SAMPLE = re.compile(
 def parse_metrics(text: str) -> dict[str, float]:
     """The samples of a page in the Prometheus text format 0.0.4, which is to be perfect."""
     assert text.endswith("\n")
-    types: dict[str, str] = {}
-    samples: dict[str, float] = {}
-    current = ""
+    declarations, samples, current = set[str](), dict[str, float](), ""
     for line in text.splitlines():
         if declared := re.fullmatch(r"# TYPE (\S+) (counter|gauge)", line):
-            current = declared[1]
-            assert current not in types, "two TYPE lines, or samples apart"
-            types[current] = declared[2]
+            current, kind = declared.groups()
+            assert current not in declarations, "two TYPE lines, or samples apart"
+            assert (kind == "counter") == current.endswith("_total")
+            declarations.add(current)
         elif not line.startswith("# HELP "):
             sample = SAMPLE.fullmatch(line)
             assert sample, line
             assert sample[1] == current, f"{line} is not under its TYPE"
-            assert (types[current] == "counter") == current.endswith("_total")
             key = sample[1] + (sample[2] or "")
             assert key not in samples, "twice"
             samples[key] = float(sample[3])
@@ -278,10 +237,10 @@ class Running:
         self.output = io.StringIO()
         self.greenlet: gevent.Greenlet[..., int] = gevent.spawn(self.service.run)
 
-    def page(self, path: str = "/healthz", method: str = "GET") -> tuple[int, str]:
+    def page(self, path: str = "/healthz") -> tuple[int, str]:
         """(status, body) of a page of the health server, without the server."""
         statuses: list[str] = []
-        asked = {"PATH_INFO": path, "REQUEST_METHOD": method}
+        asked = {"PATH_INFO": path, "REQUEST_METHOD": "GET"}
         body = self.service.health(asked, lambda status, _: statuses.append(status))
         return int(statuses[0].split()[0]), b"".join(body).decode()
 
@@ -315,7 +274,6 @@ class Running:
         return [entry for entry in self.log if entry["level"] == level]
 
     def wait_for_cycles(self, more: int, seconds: float = 5) -> None:
-        """Lets the service run until there were so many further cycles."""
         goal = self.cycles + more
         self.server.wait_for(lambda: self.cycles >= goal, seconds)
 
@@ -329,11 +287,11 @@ class Running:
 
     def stop(self) -> int:
         self.service.shutdown.set()
-        return self.greenlet.get(timeout=5)
+        return self.status()
 
-    def status(self, seconds: float = 5) -> int:
+    def status(self) -> int:
         """The exit status of a service that ends by itself."""
-        return self.greenlet.get(timeout=seconds)
+        return self.greenlet.get(timeout=5)
 
 
 @contextmanager
@@ -356,37 +314,37 @@ def running(server: JMAPServer, **changes: Any) -> Iterator[Running]:
 
 
 @contextmanager
-def process(
-    server: JMAPServer, output: Path, *command: str, **environment: object
+def started(
+    output: Path, *command: object, **settings: object
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """The program as a user starts it, or another Python command; its output goes to a file. It is
-    killed at the end."""
-    given = {"jmap_url": server.session_url, "jmap_token": server.options.token, "health_port": 0}
-    given |= {"log_level": "debug", "debounce_seconds": 0.05, **environment}
+    """A Python command with these settings; its output goes to a file. It is killed at the end."""
+    words, given = [sys.executable, *map(str, command)], environment_of(settings)
     with output.open("wb") as file:
-        started = subprocess.Popen(
-            [sys.executable, *(command or [str(PROGRAM)])],
-            cwd=PROGRAM.parent,
-            env=environment_of(given),
-            stdout=file,
-            stderr=file,
-        )
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait()
+        process = subprocess.Popen(words, cwd=PROGRAM.parent, env=given, stdout=file, stderr=file)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def process(
+    server: JMAPServer, output: Path, *command: str, **settings: object
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The program as a user starts it, or another Python command, on the server's account."""
+    given = {"health_port": 0, "log_level": "debug", "debounce_seconds": 0.05, **settings}
+    with started(output, *(command or [PROGRAM]), **access_to(server) | given) as program:
+        yield program
 
 
 def stopped(program: "subprocess.Popen[bytes]", number: int = signal.SIGTERM) -> bool:
-    """Whether the signal to stop ends it as it should."""
     program.send_signal(number)
     return program.wait(timeout=5) == 0
 
 
 def tap(server: JMAPServer, sender: str, *labels: str) -> str:
-    """A message arrives in the Screener, and the user labels it, `@ToFeed` if nothing else; its
-    id."""
+    """A message arrives in the Screener, and the user labels it (`@ToFeed`); its id."""
     mail = server.account.deliver(sender, ["Screener"])
     server.account.label(mail, *(labels or ["@ToFeed"]))
     return mail
@@ -400,17 +358,11 @@ def wait_filed(server: JMAPServer, mail: str, seconds: float = 10, box: str = "F
 
 
 def memory(program: "subprocess.Popen[bytes]") -> int:
-    """The memory that a program holds, in bytes."""
     pages = Path(f"/proc/{program.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-# The commands
-
-
 class Ran(NamedTuple):
-    """What a command came to, and what it said."""
-
     status: int
     out: str
     err: str
@@ -419,23 +371,25 @@ class Ran(NamedTuple):
 def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
     """The environment with these settings and no others."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MAILROOM_")}
-    for name, value in settings.items():
-        kept[f"MAILROOM_{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
-    return kept
+    return kept | variables_of(settings)
+
+
+def variables_of(settings: Mapping[str, object]) -> dict[str, str]:
+    return {
+        f"MAILROOM_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+        for name, value in settings.items()
+    }
 
 
 def command(*arguments: str, **settings: object) -> Ran:
     """`python mailroom.py ARGUMENTS` in this process, with these settings and no others."""
-    variables = environment_of({"health_port": 0, **settings})
+    given = environment_of({"health_port": 0, **settings})
+    changed = mock.patch.dict(os.environ, given, clear=True)
     out, err, log = io.StringIO(), io.StringIO(), mailroom.LOG
     before = log.handlers[:], log.propagate, log.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with (
-            mock.patch.dict(os.environ, variables, clear=True),
-            redirect_stdout(out),
-            redirect_stderr(err),
-        ):
+        with changed, redirect_stdout(out), redirect_stderr(err):
             status = mailroom.main(arguments)
     except SystemExit as end:  # argparse
         status = int(end.code or 0)
