@@ -75,7 +75,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from functools import cache, partial
 from ipaddress import ip_address
-from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
 from xml.etree import ElementTree
@@ -1115,7 +1114,7 @@ MAIL = "urn:ietf:params:jmap:mail"
 CONTACTS = "urn:ietf:params:jmap:contacts"
 SUBMISSION = "urn:ietf:params:jmap:submission"
 CAPABILITIES = {"AddressBook": CONTACTS, "ContactCard": CONTACTS, "Identity": SUBMISSION}
-MAX_PAGE = 4096
+MAX_PAGE, CARDS_IN_PAGE = 4096, 50  # Cards come with all that is in them, be it a photo.
 JMAP_REMEDY = f"MAILROOM_JMAP_TOKEN has to be {HOW_TO_SIGN_IN}"
 # What a server takes at once (RFC 8620 section 2) if it does not say.
 DEFAULT_LIMITS = {"maxCallsInRequest": 16, "maxObjectsInGet": 500, "maxObjectsInSet": 500}
@@ -1131,26 +1130,23 @@ class MethodError(ServerError):
     which may say for how many seconds to leave the server alone."""
 
     def __init__(self, method: str, error: JSON) -> None:
-        wait = 0.0
-        if error.get("type") == "rateLimit":
-            seconds = re.search(r"(\d+) ?s(ec|\b)", str(error.get("description")))
-            wait = min(float(seconds[1]) if seconds else LIMIT_SECONDS, MAX_RETRY_AFTER)
+        said = re.findall(r"(\d+) ?s(?:ec|\b)", str(error.get("description")))
+        seconds = min(float([*said, LIMIT_SECONDS][0]), MAX_RETRY_AFTER)
+        wait = seconds if error.get("type") == "rateLimit" else 0.0
         super().__init__(f"{method}: {error_text(error)}", answered=not wait, retry_after=wait)
         self.method, self.is_lasting = method, error.get("type") in LACKING
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """A Foo/query with the Foo/get of what it finds, of all `properties` where none are named.
     `parse` makes a value of each object, or None of one that is not wanted; `most`: so many are
-    read, `page` at a time; messages by `receivedAt`, the newest first."""
+    read, messages by `receivedAt`, the newest first."""
 
     type: str
     filter: JSON | None
     properties: Sequence[str] | None
     parse: Callable[[JSON], Any]
     most: int = sys.maxsize
-    page: int = MAX_PAGE
 
 
 def error_text(error: JSON) -> str:
@@ -1162,15 +1158,13 @@ def error_text(error: JSON) -> str:
 def set_errors(done: JSON) -> Reasons:
     """Return {id or creation id: why it was refused} of a Foo/set (RFC 8620 section 5.3); with what
     is no longer there nothing is left to be done. Raises ServerError."""
-    refused = {}
     with understood("Foo/set"):
-        for kind in ("notCreated", "notUpdated", "notDestroyed"):
-            for key, error in (done.get(kind) or {}).items():
-                if error.get("type") == "rateLimit":
-                    raise MethodError("Foo/set", error)
-                if error.get("type") != "notFound":
-                    refused[key] = error_text(error)
-    return refused
+        kinds = [done.get(kind) or {} for kind in ("notCreated", "notUpdated", "notDestroyed")]
+        errors = {key: error for kind in kinds for key, error in kind.items()}
+        for error in errors.values():
+            if error.get("type") == "rateLimit":
+                raise MethodError("Foo/set", error)
+        return {k: error_text(e) for k, e in errors.items() if e.get("type") != "notFound"}
 
 
 def any_of(conditions: Iterable[JSON]) -> JSON:
@@ -1185,9 +1179,8 @@ def in_any(mailboxes: Iterable[str]) -> JSON:
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield the items in lists of at most so many."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+    every = list(items)
+    return (every[start : start + size] for start in range(0, len(every), size))
 
 
 class JMAPClient:
@@ -1202,8 +1195,7 @@ class JMAPClient:
         self.event_source_url: str | None = None
         self.limits, self.stale = DEFAULT_LIMITS, True
         self._http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
-        self._session: JSON = {}
-        self._accounts: dict[str, JSON] = {}
+        self._session, self._accounts = JSON(), dict[str, JSON]()
 
     def connect(self) -> None:
         """Fetch the session (RFC 8620 section 2). Raises ServerError, ConfigurationError."""
@@ -1221,9 +1213,8 @@ class JMAPClient:
             raise ConfigurationError(f"the token may not read and write mail. {JMAP_REMEDY}")
         if unsafe := [each for each in (url, events) if each and not is_safe_url(each)]:
             raise ConfigurationError(f"the session names {unsafe[0]}, which is not {SAFE_URL}")
-        self.session_capabilities, self.limits = session["capabilities"], limits
-        self.event_source_url = events or None
-        self._session, self._accounts, self.stale = session, accounts, False
+        self._session, self._accounts, self.limits, self.stale = session, accounts, limits, False
+        self.session_capabilities, self.event_source_url = session["capabilities"], events or None
 
     @property
     def account_id(self) -> str:
@@ -1258,23 +1249,23 @@ class JMAPClient:
             capability = CAPABILITIES.get(method.partition("/")[0], MAIL)
             using.add(capability)
             given = {"accountId": self.account(capability)["id"], **arguments}
-            if "#ids" in given:
-                given["#ids"] = {**given["#ids"], "resultOf": str(n - 1)}
+            if "#ids" in given:  # those that the call before it finds
+                given["#ids"] = {"resultOf": str(n - 1), "name": calls[n - 1][0], "path": "/ids"}
             numbered.append([method, given, str(n)])
         body = json.dumps({"using": sorted(using), "methodCalls": numbered}).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         reply, body = self._http.request("POST", self._session["apiUrl"], headers, body)
         with understood(reply.url):
             decoded = json.loads(body)
-            said = {tag: (name, {**answer}) for name, answer, tag in decoded["methodResponses"]}
-            answers = [said[str(n)] for n in range(len(calls))]
-        # What the first answer has is what later ones are compared with.
-        state = decoded.get("sessionState")
-        self.stale |= self._session.setdefault("sessionState", state) != state
-        for (method, _), (name, answer) in zip(calls, answers, strict=True):
-            if name == "error":
-                raise MethodError(method, answer)
-        return [answer for _, answer in answers]
+            # What the first answer has is what later ones are compared with.
+            state = decoded.get("sessionState")
+            self.stale |= self._session.setdefault("sessionState", state) != state
+            answers = {}
+            for name, answer, tag in decoded["methodResponses"]:
+                if name == "error":
+                    raise MethodError(calls[int(tag)][0], answer)
+                answers[tag] = {**answer}
+            return [answers[str(n)] for n in range(len(calls))]
 
     def fetch(self, queries: Sequence[Query], first: Sequence[Call] = ()) -> Answers:
         """Return the answers to the `first` calls, and for each query the values of all that it
@@ -1284,10 +1275,10 @@ class JMAPClient:
         replies: list[list[JSON]] = []
         # A query and its get stay together: one refers to the result of the other.
         for batch in batched(groups, max(1, self.limits["maxCallsInRequest"] // 2)):
-            answers = iter(self._post([call for group in batch for call in group]))
-            replies += [list(islice(answers, len(group))) for group in batch]
-        pages = zip(queries, replies[len(first) :], strict=True)
-        return [reply[0] for reply in replies[: len(first)]], [self._all(*each) for each in pages]
+            answers = self._post([call for group in batch for call in group])
+            replies += [[answers.pop(0) for _ in group] for group in batch]
+        pages = map(self._all, queries, replies[len(first) :])
+        return [reply[0] for reply in replies[: len(first)]], list(pages)
 
     def _all(self, query: Query, page: list[JSON]) -> list[Any]:
         """Return the values of a query's first page and of all further ones."""
@@ -1295,7 +1286,7 @@ class JMAPClient:
         while True:
             with understood(f"{query.type}/query"):
                 values += [v for v in map(query.parse, page[-1]["list"]) if v is not None]
-                ids = page[0]["ids"] if len(page) > 1 else []
+                ids = page[0].get("ids") or []  # a Mailbox/get has none, and gives all at once
                 seen += len(ids)
                 if not ids or seen >= min(query.most, page[0].get("total") or query.most):
                     return values
@@ -1310,27 +1301,19 @@ class JMAPClient:
         if query.type == "Mailbox" and self.limits["maxObjectsInGet"] >= 500:
             # Not every server can do Mailbox/query without a filter; these give all at once.
             return [("Mailbox/get", {"ids": None, **wanted})]
-        size = min(self.limits["maxObjectsInGet"], query.page, query.most - seen)
-        start: JSON = {"anchor": last, "anchorOffset": 1} if last else {"position": 0}
-        asked = {"filter": query.filter, "limit": size, "calculateTotal": True, **start}
+        page = CARDS_IN_PAGE if query.type == "ContactCard" else MAX_PAGE
+        size = min(self.limits["maxObjectsInGet"], page, query.most - seen)
+        asked: JSON = {"filter": query.filter, "limit": size, "calculateTotal": True}
+        asked |= {"anchor": last, "anchorOffset": 1} if last else {"position": 0}
         if query.type == "Email":
             asked["sort"] = [{"property": "receivedAt", "isAscending": False}]
-        ids = {"name": f"{query.type}/query", "path": "/ids"}
-        return [(ids["name"], asked), (f"{query.type}/get", {"#ids": ids, **wanted})]
+        return [(f"{query.type}/query", asked), (f"{query.type}/get", {"#ids": None, **wanted})]
 
 
 # Contacts: what both stores can do, and how it is done over JMAP (RFC 9610) #######################
 
-NO_CONTACTS = (
-    "the token may not read and write contacts: make one with the scope Contacts, or set "
-    "MAILROOM_CARDDAV_USERNAME and MAILROOM_CARDDAV_PASSWORD"
-)
 # What a card may have in other ways than by a touch: from the server, or from triage.
 NOT_TOUCHES = {"id", "uid", "created", "updated", "prodId", "version", "members"}
-CARD_KINDS = {"company": "org", "person": "individual", "group": "group"}
-# Cards come with all that is in them, be it a photo.
-CARDS_IN_PAGE = 50
-Questions = tuple[list[Call], list[Query]]
 
 
 class ContactStore(Protocol):
@@ -1340,35 +1323,37 @@ class ContactStore(Protocol):
     def prepare(self) -> None:
         """Find the address book that is Mailroom's. Raises ConfigurationError, ServerError."""
 
-    def questions(self, addresses: Collection[str] | None) -> Questions:
-        """Return what to ask the JMAP server for the groups and for contacts that may have one of
-        the addresses, or for all cards."""
+    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
+        """Return what to ask the JMAP server, if it has them, for the groups and for contacts that
+        may have one of the addresses, or for all cards."""
+        return [], []
 
     def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
         """Return the cards, given the answers; there may be more than was asked for."""
 
     def has_changed(self, answers: Sequence[JSON]) -> bool:
-        """Return whether anyone else has changed cards since they were read, as far as the answers
-        of the JMAP server tell."""
+        """Return whether anyone else has changed cards since, as far as the JMAP server tells."""
+        return False
 
     def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
         """Carry out the changes; {key: why it was refused}. Nothing is done to a card that is not
         as it was read. Who could not be made joins no group. Raises ServerError."""
 
 
-class JMAPContacts:
+class JMAPContacts(ContactStore):
     """Contacts in a JMAP account. Mailroom's address book is the default one that may be written;
     those that may not be written do not count."""
 
     def __init__(self, client: JMAPClient) -> None:
-        self._client = client
+        self._client, self._state = client, ""
         self._books: list[str] = []
-        self._state = ""
 
     def prepare(self) -> None:
         account = self._client.account(CONTACTS)
         if not account or account.get("isReadOnly"):
-            raise ConfigurationError(NO_CONTACTS)
+            remedy = "make one with the scope Contacts, or set MAILROOM_CARDDAV_USERNAME and"
+            why = f"the token may not read and write contacts: {remedy} MAILROOM_CARDDAV_PASSWORD"
+            raise ConfigurationError(why)
         answer = self._client.call("AddressBook/get", {"ids": None})
         with understood("AddressBook/get"):
             books = sorted(answer["list"], key=lambda book: not book.get("isDefault"))
@@ -1377,16 +1362,15 @@ class JMAPContacts:
         if not self._books:
             raise ConfigurationError("the account has no address book that may be written")
 
-    def questions(self, addresses: Collection[str] | None) -> Questions:
-        filters: list[JSON | None] = [None]
-        if addresses is not None:
-            wanted = [{"email": form} for each in addresses for form in spellings(each)]
-            wanted += [{"uid": own_uid(f"mailto:{each}")} for each in addresses]
-            filters = [{"kind": "group"}, *map(any_of, batched(wanted, MAX_FILTER_TERMS))]
+    def questions(self, addresses: Collection[str] | None) -> tuple[list[Call], list[Query]]:
+        wanted = [{"email": form} for each in addresses or () for form in spellings(each)]
+        wanted += [{"uid": own_uid(f"mailto:{each}")} for each in addresses or ()]
+        some = [{"kind": "group"}, *map(any_of, batched(wanted, MAX_FILTER_TERMS))]
+        filters = [None] if addresses is None else some
         parse = partial(jmap_card, books=self._books)
-        one = Query("ContactCard", None, None, parse, page=CARDS_IN_PAGE)
         # The state comes first, so that a later change by someone else is noticed.
-        return [("ContactCard/get", {"ids": []})], [replace(one, filter=each) for each in filters]
+        state: Call = ("ContactCard/get", {"ids": []})
+        return [state], [Query("ContactCard", each, None, parse) for each in filters]
 
     def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
         self._state = str(answers[0].get("state"))
@@ -1396,28 +1380,24 @@ class JMAPContacts:
         return self._state != str(answers[0].get("state"))
 
     def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
-        # New contacts come first, so that no group has a member that nobody is.
-        ordered = sorted(changes.values(), key=lambda change: not change.kind)
         refused = Reasons()
-        for batch in batched(ordered, min(self._client.limits["maxObjectsInSet"], MAX_PAGE)):
-            refused |= self._set(batch)
-        joined = [(each, each.add & refused.keys()) for each in ordered if each.key not in refused]
-        back = [replace(each, add=frozenset(), remove=uids) for each, uids in joined if uids]
-        return refused | (self._set(back) if back else {})
-
-    def _set(self, changes: Collection[CardChange]) -> Reasons:
-        """Make one ContactCard/set. When anyone else has written since the cards were read, nothing
-        is done (RFC 8620 section 5.3)."""
-        edits = [each for each in changes if each.card and not each.deletes]
-        asked = {
-            "ifInState": self._state,
-            "create": {c.key: jmap_new_card(c, self._books[0]) for c in changes if not c.card},
-            "update": {each.key: jmap_members_patch(each) for each in edits},
-            "destroy": [each.key for each in changes if each.deletes],
-        }
-        done = self._client.call("ContactCard/set", asked)
-        self._state = str(done.get("newState"))
-        return set_errors(done)
+        while changes:
+            # New contacts come first, so that no group has a member that nobody is.
+            ordered = sorted(changes.values(), key=lambda change: not change.kind)
+            for batch in batched(ordered, min(self._client.limits["maxObjectsInSet"], MAX_PAGE)):
+                new, there = [c for c in batch if not c.card], [c for c in batch if c.card]
+                asked = {
+                    "ifInState": self._state,  # or nothing is done (RFC 8620 section 5.3)
+                    "create": {each.key: jmap_new_card(each, self._books[0]) for each in new},
+                    "update": {c.key: jmap_members_patch(c) for c in there if not c.deletes},
+                    "destroy": [each.key for each in there if each.deletes],
+                }
+                done = self._client.call("ContactCard/set", asked)
+                self._state = str(done.get("newState"))
+                refused |= set_errors(done)
+            back = [replace(c, add=frozenset(), remove=c.add & refused.keys()) for c in ordered]
+            changes = {each.key: each for each in back if each.remove and each.key not in refused}
+        return refused
 
 
 def jmap_card(raw: JSON, books: Sequence[str]) -> Card | None:
@@ -1435,19 +1415,19 @@ def jmap_card(raw: JSON, books: Sequence[str]) -> Card | None:
         name = raw.get("name") or {}
         parts = [(part["kind"], part["value"]) for part in name.get("components") or []]
         spoken = " ".join(text for kind, text in parts if kind in ("given", "given2", "surname"))
-        card = replace(card, name=plain_name(name.get("full") or spoken))
         members = {m: uid_key(m) for m, there in (raw.get("members") or {}).items() if there}
-        uid, created = as_text(raw["uid"]), as_text(raw.get("created") or "")
-        card = replace(card, uid=uid, created=created, members=members)
+        card = replace(card, name=plain_name(name.get("full") or spoken), members=members)
+        card = replace(card, uid=as_text(raw["uid"]), created=as_text(raw.get("created") or ""))
         addresses = [each["address"] for each in (raw.get("emails") or {}).values()]
+        if not all(addresses):
+            raise ValueError("an address without a value")
         notes = [each["note"] for each in (raw.get("notes") or {}).values()]
         facts = jmap_facts({key: raw[key] for key in raw.keys() - NOT_TOUCHES})
         made = [jmap_facts(jmap_new_card(new, books[0])) for new in made_as(card, addresses, notes)]
         return replace(card, is_untouched=any(facts <= each for each in made))
-    except KeyError as error:
-        return replace(card, problem=f"cannot be understood: it has no {error}")
     except MALFORMED as error:
-        return replace(card, problem=f"cannot be understood: {error}")
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        return replace(card, problem=f"cannot be understood: {why}")
 
 
 def jmap_facts(value: Any, key: str = "") -> set[tuple[str, Any]]:
@@ -1467,9 +1447,7 @@ def contact_addresses(texts: Iterable[str]) -> frozenset[str]:
 
 def made_as(card: Card, addresses: Sequence[str], notes: Sequence[str]) -> list[CardChange]:
     """Return how Mailroom would make a card with this name, address and note, of each kind; nothing
-    if its uid or note says that it did not. Raises ValueError for an address without a value."""
-    if not all(addresses):
-        raise ValueError("an address without a value")
+    if its uid or note says that it did not."""
     new = CardChange(name=card.name, address="".join(addresses), note="".join(notes))
     mark = MARK.fullmatch(new.note)
     kinds = ["company", "person"] if mark and mark[1] == card.name else []
@@ -1481,19 +1459,18 @@ def made_as(card: Card, addresses: Sequence[str], notes: Sequence[str]) -> list[
 
 def jmap_new_card(change: CardChange, address_book: str) -> JSON:
     """Return the ContactCard of a new contact, a person's with the name in parts, or of a group."""
-    name: JSON = {"full": change.name}
-    card: JSON = {"@type": "Card", "version": "1.0", "uid": change.uid, "name": name}
-    card |= {"kind": CARD_KINDS[change.kind], "addressBookIds": {address_book: True}}
-    if change.kind == "company":
-        card["organizations"] = {"o1": {"name": change.name}}
-    if change.kind == "person":
-        parts = zip(("given", "surname"), split_name(change.name), strict=True)
-        name["components"] = [{"kind": kind, "value": value} for kind, value in parts if value]
-        name["isOrdered"] = True
-    if change.address:
-        card["emails"] = {"e1": {"address": change.address}}
-        card["notes"] = {"n1": {"note": change.note}}
-    return card
+    name = {"full": change.name}
+    card = {"@type": "Card", "version": "1.0", "uid": change.uid, "name": name}
+    card["addressBookIds"] = {address_book: True}
+    pairs = zip(("given", "surname"), split_name(change.name), strict=True)
+    parts = [{"kind": kind, "value": value} for kind, value in pairs if value]
+    kinds: dict[str, JSON] = {
+        "company": {"kind": "org", "organizations": {"o1": {"name": change.name}}},
+        "person": {"kind": "individual", "name": name | {"components": parts, "isOrdered": True}},
+        "group": {"kind": "group"},
+    }
+    who = {"emails": {"e1": {"address": change.address}}, "notes": {"n1": {"note": change.note}}}
+    return card | kinds[change.kind] | (who if change.address else {})
 
 
 def jmap_members_patch(change: CardChange) -> JSON:
@@ -1518,69 +1495,55 @@ MEMBERS = ("MEMBER", APPLE_MEMBER)
 NOT_FACTS = {"", "VERSION", "PRODID", "CREATED", "REV", "UID", *MEMBERS}
 
 
-class Property(NamedTuple):
-    """A content line: as it stands, its name and parameters in upper case, and its value as text
-    (RFC 6350 section 3.4)."""
-
-    line: str
-    name: str
-    parameters: str
-    text: str
-
-
-def vcard_properties(vcard: str) -> list[Property]:
-    found = []
+def vcard_properties(vcard: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (content line as it stands, name and parameters in upper case, value as text (RFC 6350
+    section 3.4))."""
     for line in CONTENT_LINE.findall(vcard):
         name, parameters, text = PROPERTY.findall(re.sub(r"\r?\n[ \t]", "", line))[0]
         if "QUOTED-PRINTABLE" in parameters.upper():
             text = quopri.decodestring(text.encode()).decode(errors="replace")
         text = re.sub(r"(?s)\\(.)", lambda m: "\n" if m[1] in "nN" else m[1], text).strip(BLANKS)
-        found.append(Property(line, name.upper(), parameters.upper(), text))
-    return found
+        yield line, name.upper(), parameters.upper(), text
 
 
-def vcard_card(url: str, text: str, created: str) -> Card:
+def vcard_card(url: str, text: str, created: str, is_ours: bool) -> Card:
     """Return a Card from a resource; what cannot be understood of it is its problem."""
     values: dict[str, list[str]] = defaultdict(list)
-    for each in vcard_properties(text):
-        values[each.name].append(each.text)
+    for _, name, _, value in vcard_properties(text):
+        values[name].append(value)
     uid, name = ("".join(values[key][:1]) for key in ("UID", "FN"))
     is_group = "group" in map(str.lower, values["KIND"] + values[APPLE_KIND])
     members = {member: uid_key(member) for key in MEMBERS for member in values[key]}
     emails = contact_addresses(values["EMAIL"])
-    card = Card(url, uid, plain_name(name), emails, is_group, members, created)
-    try:
-        if missing := [key for key in ("UID", "FN", "END") if not values[key]]:
-            raise ValueError(f"it has no {missing[0]}")
-        if len(values["BEGIN"]) > 1:
-            raise ValueError("there are several contacts in one resource")
-        made = map(new_vcard, made_as(card, values["EMAIL"], values["NOTE"]))
-        is_untouched = any(vcard_facts(text) <= vcard_facts(each) for each in made)
-        return replace(card, is_untouched=is_untouched)
-    except ValueError as error:
-        return replace(card, problem=f"cannot be understood: {error}")
+    card = Card(url, uid, plain_name(name), emails, is_group, members, created, is_ours)
+    wrong = [f"it has no {key}" for key in ("UID", "FN", "END") if not values[key]]
+    wrong += ["there are several contacts in one resource"] if len(values["BEGIN"]) > 1 else []
+    wrong += ["an address without a value"] if "" in values["EMAIL"] else []
+    if wrong:
+        return replace(card, problem=f"cannot be understood: {wrong[0]}")
+    made = map(new_vcard, made_as(card, values["EMAIL"], values["NOTE"]))
+    is_untouched = is_ours and any(vcard_facts(text) <= vcard_facts(each) for each in made)
+    return replace(card, is_untouched=is_untouched)
 
 
 def vcard_facts(vcard: str) -> set[tuple[str, ...]]:
     """Return {(property, parameters, value)} of what a person may have put into it."""
-    return {each[1:] for each in vcard_properties(vcard) if each.name not in NOT_FACTS}
+    return {each[1:] for each in vcard_properties(vcard) if each[1] not in NOT_FACTS}
 
 
 def new_vcard(change: CardChange) -> str:
     """Return the vCard 3.0 of a new contact or group, as Apple and Fastmail have them."""
-    name = vcard_escape(change.name)
+    name, address, note = map(vcard_escape, (change.name, change.address, change.note))
     given, surname = map(vcard_escape, split_name(change.name))
     kinds = {
         "person": [f"N:{surname};{given};;;"],
         "company": ["N:;;;;", f"ORG:{name}", "X-ABSHOWAS:COMPANY"],
         "group": [f"N:{name};;;;", f"{APPLE_KIND}:group"],
     }
+    who = [f"EMAIL;TYPE=INTERNET:{address}", f"NOTE:{note}"] if address else []
     lines = ["BEGIN:VCARD", "VERSION:3.0", f"PRODID:-//Mailroom//{VERSION}//EN"]
-    lines += [f"UID:{change.uid}", f"FN:{name}", *kinds[change.kind]]
-    if change.address:
-        lines.append(f"EMAIL;TYPE=INTERNET:{vcard_escape(change.address)}")
-        lines.append(f"NOTE:{vcard_escape(change.note)}")
-    return "".join(map(vcard_fold, [*lines, "END:VCARD"]))
+    lines += [f"UID:{change.uid}", f"FN:{name}", *kinds[change.kind], *who, "END:VCARD"]
+    return "".join(map(vcard_fold, lines))
 
 
 def vcard_escape(text: str) -> str:
@@ -1594,20 +1557,16 @@ def vcard_fold(line: str) -> str:
     return "\r\n ".join(re.findall(f".{{1,{width}}}", line)) + "\r\n"
 
 
-def edit_members(text: str, change: CardChange) -> str:
+def edit_members(text: str, add: Set[str], remove: Set[str]) -> str:
     """Return a vCard with the lines of members added and taken away, and nothing else touched.
     Apple's have the uid as a URN, those of vCard 4.0 as it is."""
-    lines, removed = vcard_properties(text), set(map(uid_key, change.remove))
-    added = [f"MEMBER:{uid}" for uid in sorted(change.add)]
-    if any(each.name == APPLE_KIND for each in lines):
-        bare = [re.sub("(?i)^urn:uuid:", "", uid) for uid in sorted(change.add)]
-        added = [f"{APPLE_MEMBER}:urn:uuid:{uid}" for uid in bare]
-    edited = ""
-    for each in lines:
-        if each.name not in MEMBERS or uid_key(each.text) not in removed:
-            edited += "".join(map(vcard_fold, added)) if each.name == "END" else ""
-            edited += each.line
-    return edited
+    lines, removed = list(vcard_properties(text)), set(map(uid_key, remove))
+    is_apple = any(name == APPLE_KIND for _, name, _, _ in lines)
+    pattern = "(?i)^(urn:uuid:)?" if is_apple else "^"
+    start = f"{APPLE_MEMBER}:urn:uuid:" if is_apple else "MEMBER:"
+    added = "".join(vcard_fold(re.sub(pattern, start, uid)) for uid in sorted(add))
+    kept = [each for each in lines if each[1] not in MEMBERS or uid_key(each[3]) not in removed]
+    return "".join(added + line if name == "END" else line for line, name, _, _ in kept)
 
 
 # Contacts over CardDAV (RFC 6352): a mirror, and writes ###########################################
@@ -1616,29 +1575,15 @@ def edit_members(text: str, change: CardChange) -> str:
 CARDS_AT_ONCE = 25
 WRITES_AT_ONCE = 4
 CARD_ANSWERS = frozenset(range(200, 500)) - {401, 429}
-CARDDAV_REMEDY = (
-    "Look at MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password) "
-    "and MAILROOM_CARDDAV_URL"
-)
-BOOKS = (
-    "D:propfind",
-    "<D:prop><D:resourcetype/><D:current-user-principal/><D:current-user-privilege-set/><D:owner/>"
-    "<C:addressbook-home-set/><D:sync-token/></D:prop>",
-)
+LOGIN = "MAILROOM_CARDDAV_USERNAME, MAILROOM_CARDDAV_PASSWORD (at Fastmail: an app password)"
+CARDDAV_REMEDY = f"Look at {LOGIN} and MAILROOM_CARDDAV_URL"
+BOOKS = "<D:prop><D:resourcetype/><D:owner/><D:sync-token/><D:current-user-privilege-set/>"
+BOOKS += "<D:current-user-principal/><C:addressbook-home-set/></D:prop>"
 # Whoever may add members (RFC 3744 section 5.4); not every server says.
 WRITE_RIGHTS = {"{DAV:}all", "{DAV:}write", "{DAV:}bind"}
+SINCE = "<D:sync-token>{}</D:sync-token><D:sync-level>1</D:sync-level>"
 ETAG = "<D:prop><D:getetag/></D:prop>"
 CARD_PROPERTIES = "<D:prop><D:creationdate/><D:getetag/><C:address-data/></D:prop>"
-NOTHING = ElementTree.Element("nothing")
-Responses = dict[str, ElementTree.Element]
-
-
-class Entry(NamedTuple):
-    """What the mirror has of a card: its ETag, what the rules need, and of a group the vCard."""
-
-    etag: str
-    card: Card
-    text: str
 
 
 def dav_text(element: ElementTree.Element, *path: str) -> str:
@@ -1646,61 +1591,51 @@ def dav_text(element: ElementTree.Element, *path: str) -> str:
     return element.findtext(".//" + "/".join(f"{{*}}{name}" for name in path), "").strip()
 
 
-def dav_link(found: Responses, name: str) -> str:
-    """Return the URL that a property of what was found names; empty without one."""
-    links = ((url, dav_text(each, name, "href")) for url, each in found.items())
-    with understood(name):
-        return next((urljoin(url, href) for url, href in links if href), "")
+def dav_responses(answer: ElementTree.Element) -> dict[str, ElementTree.Element]:
+    """Return {URL: response} of a multistatus. A property that was not found is empty there."""
+    return {dav_text(each, "href"): each for each in answer.iterfind("{*}response")}
 
 
-class CardDAVContacts:
+class CardDAVContacts(ContactStore):
     """Contacts in the address books of a CardDAV account. What the rules need of each card is kept
     in memory, and brought up to date by what has changed. `_tokens`: {address book: the sync token
-    of when it was read}, empty before, None for one that has none."""
+    of when it was read}, empty before, None for one that has none. `_entries`: {URL: (ETag, card,
+    vCard if it is a group)}."""
 
     def __init__(self, url: str, auth: Auth) -> None:
         self._http = HTTPClient(auth, "MAILROOM_CARDDAV_URL", CARDDAV_REMEDY, MAX_DAV_BYTES)
         self._url, self._home = at_well_known(url, "carddav"), ""
-        self._tokens: dict[str, str | None] = {}
-        self._entries: dict[str, Entry] = {}
+        self._tokens, self._entries = dict[str, str | None](), dict[str, tuple[str, Card, str]]()
 
     def prepare(self) -> None:
         """The way is from the URL to the principal, to its home, to what is in it (RFC 6764 section
         6). Books that may not be written or are somebody else's do not count."""
-        start, _ = self._ask(self._url, "0", *BOOKS)
-        principal = dav_link(start, "current-user-principal")
-        found = self._ask(principal, "0", *BOOKS)[0] if principal else start
-        home = dav_link(found, "addressbook-home-set")
-        listed = self._ask(home, "1", *BOOKS)[0] if home else {}
-        named: list[str] = []
-        books: dict[str, str | None] = {}
-        for url, each in (listed | start).items():
+        start = self._ask(self._url, "0", "D:propfind", BOOKS)
+        principal = dav_text(start, "current-user-principal", "href")
+        found = self._ask(principal, "0", "D:propfind", BOOKS) if principal else start
+        home = dav_text(found, "addressbook-home-set", "href")
+        listed = self._ask(home, "1", "D:propfind", BOOKS) if home else start
+        named, books = list[str](), dict[str, str | None]()
+        for url, each in (dav_responses(listed) | dav_responses(start)).items():
             if each.find(".//{*}resourcetype/{*}addressbook") is None:
                 continue
             book = url.rstrip("/") + "/"
-            named += [book] if url in start else []
-            is_own = book in named or dav_link({url: each}, "owner") in ("", principal)
+            named += [book] if url in dav_responses(start) else []
+            is_own = book in named or dav_text(each, "owner", "href") in ("", principal)
             rights = {right.tag for right in each.iterfind(".//{*}privilege/*")}
             if is_own and (not rights or rights & WRITE_RIGHTS):
                 books[book] = "" if dav_text(each, "sync-token") else None
-        chosen = self._choose(named, list(books))
-        if (chosen, books.keys()) != (self._home, self._tokens.keys()):
-            self._home, self._tokens, self._entries = chosen, books, {}
-
-    def _choose(self, named: Sequence[str], books: Sequence[str]) -> str:
-        """Return which address book is Mailroom's. Raises ConfigurationError when in doubt."""
         usual = [url for url in books if re.search("(default|contacts)/$", url.lower())]
-        for choice in (named, books, usual):
-            if len(choice) == 1 and choice[0] in books:
-                return choice[0]
-        if named or not books:
-            raise ConfigurationError(f"{self._url}: no address book to write. {CARDDAV_REMEDY}")
-        several = "there are several address books; for this one MAILROOM_CARDDAV_URL="
-        raise ConfigurationError(*(several + url for url in books))
+        fit = [c[0] for c in (named, list(books), usual) if len(c) == 1 and c[0] in books]
+        if not fit:
+            several = "there are several address books; for this one MAILROOM_CARDDAV_URL="
+            none = f"{self._url}: no address book to write. {CARDDAV_REMEDY}"
+            raise ConfigurationError(*[several + url for url in books if not named] or [none])
+        if (fit[0], books.keys()) != (self._home, self._tokens.keys()):
+            self._home, self._tokens, self._entries = fit[0], books, {}
 
-    def _ask(self, url: str, depth: str, root: str, *elements: str) -> tuple[Responses, str]:
-        """Return ({URL: response}, sync token) of a multistatus (RFC 4918 section 13, RFC 6578
-        section 3.2). A property that was not found is empty there."""
+    def _ask(self, url: str, depth: str, root: str, *elements: str) -> ElementTree.Element:
+        """Return a multistatus (RFC 4918 section 13, RFC 6578 section 3.2), with whole URLs."""
         spaces = 'xmlns:D="DAV:" xmlns:C="urn:ietf:params:xml:ns:carddav"'
         body = f"<{root} {spaces}>{''.join(elements)}</{root}>".encode()
         headers = {"Content-Type": "application/xml; charset=utf-8", "Depth": depth}
@@ -1709,13 +1644,9 @@ class CardDAVContacts:
         with understood(reply.url):
             # The expat that Python brings refuses entities that grow without bound.
             answer = ElementTree.fromstring(answered)  # noqa: S314
-            responses = answer.findall("{*}response")
-            found = {urljoin(reply.url, dav_text(each, "href")): each for each in responses}
-            return found, dav_text(answer, "sync-token")
-
-    def questions(self, addresses: Collection[str] | None) -> Questions:
-        """The JMAP server does not know."""
-        return [], []
+            for href in answer.iterfind(".//{*}href"):
+                href.text = href.text and urljoin(reply.url, href.text.strip())
+            return answer
 
     def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
         for book, token in self._tokens.items():
@@ -1725,10 +1656,7 @@ class CardDAVContacts:
                 if not (error.answered and token):
                     raise
                 self._refresh(book, "")  # A 403 may say that the token is too old (RFC 6578).
-        return [entry.card for entry in self._entries.values()]
-
-    def has_changed(self, answers: Sequence[JSON]) -> bool:
-        return False
+        return [card for _, card, _ in self._entries.values()]
 
     def _refresh(self, book: str, token: str | None) -> None:
         """Bring the mirror up to date, by what has changed since the token (RFC 6578 section 3.2),
@@ -1737,33 +1665,29 @@ class CardDAVContacts:
         etags = {} if token else {url: "" for url in self._entries if url.startswith(book)}
         is_cut = True
         while is_cut:
-            if token is None:
-                found, _ = self._ask(book, "1", "D:propfind", ETAG)
-            else:
-                since = f"<D:sync-token>{escape(token)}</D:sync-token>"
-                query = ("D:sync-collection", since, "<D:sync-level>1</D:sync-level>", ETAG)
-                found, token = self._ask(book, "0", *query)
-            etags |= {url: dav_text(each, "getetag") for url, each in found.items()}
-            is_cut = any(" 507" in dav_text(each, "status") for each in found.values())
-        known = {url: entry.etag for url, entry in self._entries.items()}
+            since = SINCE.format(escape(token or ""))
+            query = ("1", "D:propfind") if token is None else ("0", "D:sync-collection", since)
+            answer = self._ask(book, *query, ETAG)
+            token = dav_text(answer, "sync-token") or None
+            etags |= {u: dav_text(each, "getetag") for u, each in dav_responses(answer).items()}
+            is_cut = any(" 507" in dav_text(each, "status") for each in answer)
+        known = {url: etag for url, (etag, _, _) in self._entries.items()}
         changed = [url for url, etag in etags.items() if etag != known.get(url, "")]
         for urls in batched((url for url in changed if not url.endswith("/")), CARDS_AT_ONCE):
             hrefs = [f"<D:href>{escape(urlsplit(url).path)}</D:href>" for url in urls]
-            found, _ = self._ask(book, "0", "C:addressbook-multiget", CARD_PROPERTIES, *hrefs)
+            answer = self._ask(book, "0", "C:addressbook-multiget", CARD_PROPERTIES, *hrefs)
             for url in urls:
                 self._entries.pop(url, None)
-                if text := dav_text(found.get(url, NOTHING), "address-data"):
+            for url, each in dav_responses(answer).items():
+                if text := dav_text(each, "address-data"):
                     # All lines end alike in XML (section 2.11), and with CRLF in a vCard.
                     text = re.sub("\r?\n|$", "\r\n", text)
-                    facts = [dav_text(found[url], name) for name in ("getetag", "creationdate")]
-                    self._keep(url, text, *facts)
+                    self._keep(url, text, dav_text(each, "getetag"), dav_text(each, "creationdate"))
         self._tokens[book] = token
 
     def _keep(self, url: str, text: str, etag: str, created: str) -> None:
-        card = vcard_card(url, text, created)
-        if not url.startswith(self._home):
-            card = replace(card, is_ours=False, is_untouched=False)
-        self._entries[url] = Entry(etag, card, text if card.is_group and card.is_ours else "")
+        card = vcard_card(url, text, created, url.startswith(self._home))
+        self._entries[url] = etag, card, text if card.is_group and card.is_ours else ""
 
     def apply(self, changes: Mapping[str, CardChange]) -> Reasons:
         """First come the new cards, then the members of groups, and last what is to go."""
@@ -1786,13 +1710,12 @@ class CardDAVContacts:
         late = ServerError(f"{url} has changed meanwhile", answered=True)
         if change.card and not entry:
             raise late
-        text = entry.text if entry else new_vcard(change)
+        etag, _, text = entry or ("", None, new_vcard(change))
         if APPLE_KIND.lower() in text:
             # So Cyrus shows one of version 4.0, with members that are none, unless asked for it.
-            accept = {"Accept": "text/vcard; version=4.0"}
-            text = self._http.request("GET", url, accept)[1].decode()
-        text = edit_members(text, replace(change, add=change.add - refused.keys()))
-        condition = {"If-Match": entry.etag} if entry else {"If-None-Match": "*"}
+            text = self._http.request("GET", url, {"Accept": "text/vcard; version=4.0"})[1].decode()
+        text = edit_members(text, change.add - refused.keys(), change.remove)
+        condition = {"If-Match": etag} if entry else {"If-None-Match": "*"}
         headers = {"Content-Type": "text/vcard; charset=utf-8", **condition}
         method, body = ("DELETE", b"") if change.deletes else ("PUT", text.encode())
         reply, said = self._http.request(method, url, headers, body, accept=CARD_ANSWERS)
@@ -1807,9 +1730,8 @@ class CardDAVContacts:
         self._entries.pop(url, None)
         # A server that makes something else of a card tells no strong ETag (RFC 6352 section
         # 6.3.2.3): then it is read again.
-        etag = reply.headers.get("ETag", "")
-        if method == "PUT" and etag.startswith('"'):
-            self._keep(url, text, etag, change.card.created if change.card else "")
+        if method == "PUT" and reply.headers.get("ETag", "").startswith('"'):
+            self._keep(url, text, reply.headers["ETag"], change.card.created if change.card else "")
 
 
 # Push: the event stream (RFC 8620 section 7.3) ####################################################
