@@ -439,14 +439,11 @@ MAX_NAME = 200
 # What stands behind the comma of a name that is not turned round.
 SUFFIXES = {"inc", "llc", "ltd", "gmbh", "ag", "co", "corp", "jr", "sr", "md", "phd"}
 QUOTES = ('""', "''", "\u201c\u201d", "\u2018\u2019")
-ADDRESS = re.compile(r"[^\s<>]+@[^\s<>@]+")
 UUID = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 IS_THE_USER = "the sender is the user"
 Patch = dict[str, bool | None]
 # {sender, message or card: why it failed, was refused or has to wait}
 Reasons = dict[str, str]
-# {sender: what the label asks for}
-Wanted = dict[str, Category]
 # What the account has to have: ("mailbox", "label" or "contact group", its name)
 Need = tuple[str, str]
 
@@ -457,7 +454,7 @@ def address_key(text: str) -> str:
     # NFC alone makes a K of the Kelvin sign, and the address another's.
     parts = text.strip(" \t\r\n").split("\u212a")
     text = "\u212a".join(unicodedata.normalize("NFC", part) for part in parts)
-    if not (ADDRESS.fullmatch(text) and text.isprintable()):
+    if not (re.fullmatch(r"[^\s<>]+@[^\s<>@]+", text) and text.isprintable()):
         return ""
     lowered = "".join(letter.lower() if letter.isascii() else letter for letter in text)
     local, _, domain = lowered.rpartition("@")
@@ -491,8 +488,7 @@ def fold_name(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFC", text).split())
     while len(text) > 1 and text[0] + text[-1] in QUOTES:
         text = text[1:-1].strip()
-    is_visible = any(unicodedata.category(letter)[0] not in "CZM" for letter in text)
-    return text if is_visible else ""
+    return text if any(unicodedata.category(each)[0] not in "CZM" for each in text) else ""
 
 
 def turn_round(name: str) -> str:
@@ -534,16 +530,15 @@ class Email:
         boxes = dict.fromkeys(self.mailboxes, True) | changed
         return replace(self, mailboxes=frozenset(box for box in boxes if boxes[box]))
 
-    def patch(self, add: Iterable[str], remove: Iterable[str]) -> Patch:
+    def patch(self, add: Collection[str], remove: Collection[str]) -> Patch:
         """Return the Email/set patch (RFC 8621 section 4.6) that puts the message into and takes it
         out of mailboxes; empty when nothing has to change. One that takes a mailbox away names one
         that stays: a server may otherwise delete a message that has meanwhile left all others."""
-        added = set(add) - {""}
-        stays = (self.mailboxes | added) - set(remove)
-        gone = self.mailboxes - stays
-        if not stays or not (gone or added - self.mailboxes):
+        stays = self.mailboxes.union(add) - {"", *remove}
+        if not stays or stays == self.mailboxes:
             return {}
-        patch: Patch = dict.fromkeys(added & stays or {min(stays)}, True) | dict.fromkeys(gone)
+        named = stays.intersection(add) or {min(stays)}
+        patch: Patch = dict.fromkeys(named, True) | dict.fromkeys(self.mailboxes - stays)
         return {f"mailboxIds/{box}": patch[box] for box in sorted(patch)}
 
 
@@ -576,10 +571,6 @@ class Card:
         """By what a group may name this contact: its uid, or one of its addresses."""
         return {uid_key(self.uid), *(f"mailto:{address}" for address in self.emails)}
 
-    def members_among(self, keys: Collection[str]) -> frozenset[str]:
-        """Return the members with one of the keys, as they are written."""
-        return frozenset(member for member, key in self.members.items() if key in keys)
-
 
 @dataclass(frozen=True)
 class CardChange:
@@ -605,12 +596,12 @@ class CardChange:
 CardChanges = dict[str, CardChange]
 
 
-def merge_changes(parts: Iterable[CardChanges]) -> CardChanges:
-    """Return {key: change} of all parts; several changes of a group's members are one."""
+def merge_changes(changes: Iterable[CardChange]) -> CardChanges:
+    """Return {key: change}; several changes of a group's members are one."""
     merged: CardChanges = {}
-    for key, change in (item for part in parts for item in part.items()):
-        one = merged.get(key, change)
-        merged[key] = replace(one, add=one.add | change.add, remove=one.remove | change.remove)
+    for each in changes:
+        one = merged.get(each.key, each)
+        merged[each.key] = replace(one, add=one.add | each.add, remove=one.remove | each.remove)
     return merged
 
 
@@ -632,18 +623,16 @@ class Account:
     or drafts; `group_names`, `own_names`: of the categories' groups, of all of Mailroom's;
     `missing`: {need: a near name, or empty}."""
 
-    def __init__(
-        self, settings: MailroomSettings, mailboxes: list[Mailbox], cards: Iterable[Card]
-    ) -> None:
-        self.settings, self.mailboxes = settings, mailboxes
+    def __init__(self, settings: MailroomSettings, boxes: list[Mailbox], cards: list[Card]) -> None:
+        self.settings, self.mailboxes, self.cards = settings, boxes, cards
         self.categories = settings.triage_categories
         # Of several with one name the first; a path goes before a name further down.
-        ours = sorted((card for card in cards if card.group_name), key=lambda card: card.uid)
-        self.groups = {group.name: group for group in reversed(ours)}
-        ids = {each.name: each.id for each in reversed(mailboxes)}
-        ids |= {each.path: each.id for each in reversed(mailboxes)}
-        self.inbox = next((each.id for each in mailboxes if each.role == "inbox"), "")
-        self.outgoing = {each.id for each in mailboxes if each.role in ("sent", "drafts")}
+        self._groups = sorted((card for card in cards if card.group_name), key=lambda c: c.uid)
+        self.groups = {group.name: group for group in reversed(self._groups)}
+        ids = {each.name: each.id for each in reversed(boxes)}
+        ids |= {each.path: each.id for each in reversed(boxes)}
+        self.inbox = next((each.id for each in boxes if each.role == "inbox"), "")
+        self.outgoing = {each.id for each in boxes if each.role in ("sent", "drafts")}
         self.screener = ids.get(settings.screener_mailbox, "")
         self.error = ids.get(settings.label_mailroom_error, "")
         self.warning = ids.get(settings.label_mailroom_warning, "")
@@ -664,8 +653,8 @@ class Account:
                 self.missing[kind, name] = next(near, "")
 
     def family(self, category: Category) -> list[Category]:
-        """Return the category and its ancestors, nearest first; for undo nothing."""
-        return [] if category.undoes else [category, *ancestors(category, self.categories)]
+        """Return the category and its ancestors, nearest first."""
+        return [category, *ancestors(category, self.categories)]
 
     def lacks(self, needs: Iterable[Need]) -> str:
         """Return what is missing of some needs, to be put behind "has no"; empty if nothing is."""
@@ -673,22 +662,17 @@ class Account:
         near = [f' (but there is "{name}": rename that)' for name in self.missing.values() if name]
         return truncate(", ".join(named), 200) + "".join(near[:1]) if named else ""
 
-    def problems(self) -> list[str]:
-        """Return a line for each reason why nothing can work here."""
+    def check(self) -> None:
+        """Raise ConfigurationError, with a line for each reason, where nothing can work."""
         used = [name for name, box in self.destinations.items() if box in self.outgoing]
         lines = [f"{name}: its mailbox is for what you send" for name in used]
         if not self.inbox:
             lines.append("the account has no mailbox with the role of the Inbox")
-        labelled = [each for each in self.labels.values() if not each.undoes]
-        if not self.screener or all(self.lacks(self.needs_for(each)) for each in labelled):
+        labelled = [self.family(each) for each in self.labels.values() if not each.undoes]
+        if not self.screener or all(self.lacks(needs_for(line)) for line in labelled):
             lines.append(f"the account has no {self.lacks(self.missing)}: `setup --apply` makes it")
-        return lines
-
-    def needs_for(self, category: Category) -> list[Need]:
-        """Return what a category and its ancestors file with."""
-        relatives = self.family(category)
-        boxes = [("mailbox", each.destination_mailbox) for each in relatives]
-        return boxes + [("contact group", each.contact_group) for each in relatives]
+        if lines:
+            raise ConfigurationError(*lines)
 
     def undo_patch(self, email: Email, labels: Iterable[str]) -> Patch:
         """Return the patch that takes a message out of what triage put it into (the Inbox where a
@@ -701,9 +685,9 @@ class Account:
         is_homeless = email.mailboxes <= gone | self.marks
         return email.patch([self.screener] if is_homeless else [], gone)
 
-    def resolve_labels(self, emails: Iterable[Email], own: Set[str]) -> tuple[Wanted, Reasons]:
-        """Return what the labels on some messages ask for: {sender: category}, and {sender: why it
-        cannot be done}. `own`: the user's addresses, `*@domain` for all of a domain."""
+    def resolve_labels(self, emails: list[Email], own: Set[str]) -> tuple[dict[str, str], Reasons]:
+        """Return what some messages ask for: {sender: its label}, and {sender: why it cannot be
+        done}. `own`: the user's addresses, `*@domain` for all of a domain."""
         asked: dict[str, set[str]] = defaultdict(set)
         for email in emails:
             labels = email.mailboxes & self.labels.keys()
@@ -712,29 +696,31 @@ class Account:
         wrong = {who: f"several labels for {who}" for who in asked if len(asked[who]) > 1}
         wrong |= {who: IS_THE_USER for who in asked if is_own(who, own)}
         wrong |= {who: "it has no sender" for who in asked if not who}
-        return {who: self.labels[min(asked[who])] for who in asked if who not in wrong}, wrong
+        return {who: min(asked[who]) for who in asked if who not in wrong}, wrong
 
-    def find_contact(self, address: str, cards: Iterable[Card]) -> Card | None:
-        """Return the contact with this address: one in a category's group before others, then the
-        oldest. Raises ValueError where one that has it cannot be understood."""
-        found = [card for card in cards if address in card.emails and not card.is_group]
-        for card in found:
-            if card.problem:
-                raise ValueError(f'the card "{card.name or card.ref}" {card.problem}')
-        groups = [card for card in cards if card.group_name in self.group_names]
-        grouped = {key for group in groups for key in group.members.values()}
-        found.sort(key=lambda card: (not card.keys & grouped, card.created or "~", card.uid))
-        return found[0] if found else None
+    def contacts_of(self, address: str) -> list[Card]:
+        """Return the contacts with this address: those in a group of Mailroom's before others, then
+        the oldest."""
+        found = [card for card in self.cards if address in card.emails and not card.is_group]
+        return sorted(found, key=lambda c: (not any(self.leaves([c])), c.created or "~", c.uid))
 
-    def known_as(self, address: str, cards: Iterable[Card]) -> list[Category]:
-        """Return the categories in whose groups the contacts with this address are; a parent's is
-        left to its child."""
-        contacts = [card for card in cards if address in card.emails and not card.is_group]
+    def leaves(self, contacts: Iterable[Card]) -> Iterator[CardChange]:
+        """Yield the changes that take contacts out of all groups of Mailroom's."""
         keys = set[str]().union(*(card.keys for card in contacts))
-        groups = {card.group_name for card in cards if card.members_among(keys)}
+        for group in self._groups:
+            members = frozenset(each for each, key in group.members.items() if key in keys)
+            if members and group.name in self.own_names:
+                yield CardChange(group, name=group.name, remove=members)
+
+    def known_as(self, address: str) -> list[Category]:
+        """Return the categories in whose groups the contacts with this address are, a parent's left
+        to its child; a stranger's is that of undo."""
+        contacts = self.contacts_of(address)
+        groups = {change.name for change in self.leaves(contacts)}
         held = [each for each in self.categories if each.contact_group in groups]
         above = {parent.name for each in held for parent in ancestors(each, self.categories)}
-        return [each for each in held if each.name not in above]
+        known = [each for each in held if each.name not in above]
+        return known if contacts else [self.settings.undo]
 
     def deletions(self, contacts: Iterable[Card], cards: Iterable[Card]) -> CardChanges:
         """Return the changes that delete untouched contacts that are in no group of the user's."""
@@ -749,12 +735,17 @@ def is_own(address: str, own: Set[str]) -> bool:
     return not own.isdisjoint({address, f"*@{address.rpartition('@')[2]}"})
 
 
+def needs_for(categories: Iterable[Category]) -> Iterator[Need]:
+    """Yield what categories file with."""
+    for each in categories:
+        yield from (("mailbox", each.destination_mailbox), ("contact group", each.contact_group))
+
+
 def needs_of(settings: MailroomSettings) -> list[Need]:
     """Return what the account has to have beside the Inbox."""
     needs = [("mailbox", settings.screener_mailbox)]
     for each in settings.triage_categories:
-        needs += [("label", each.label), ("mailbox", each.destination_mailbox)]
-        needs.append(("contact group", each.contact_group))
+        needs += [("label", each.label), *needs_for([each])]
     needs += [("label", settings.label_undo), ("label", settings.label_mailroom_error)]
     needs += [("label", settings.label_mailroom_warning)] if settings.warnings_enabled else []
     return list(dict.fromkeys([*needs, ("contact group", settings.provenance_group)]))
@@ -771,30 +762,22 @@ def own_uid(what: str, cards: Iterable[Card] = ()) -> str:
 @dataclass(frozen=True)
 class SenderPlan:
     """All that a cycle does for one sender. `emails`: the messages that were found; `contact`: the
-    one there is; `joins`, `leaves`: the changes of cards before and after; `warning`: why tapped
-    messages get the warning label; `error`: why nothing is done, under the error label. Without a
-    tap (`is_tapped`) the messages have just arrived, and are filed with what is known already."""
+    one there is, or is to be, without a `ref`; `joins`, `leaves`: the changes of cards before and
+    after; `warning`: why tapped messages get the warning label; `error`: why nothing is done, under
+    the error label; `failure`: the same without it. Without a `label` nothing was tapped: the
+    messages have just arrived, and are filed with what is known already."""
 
     sender: str
     category: Category
     account: Account
     emails: Sequence[Email]
-    is_tapped: bool = True
-    contact: Card | None = None
+    label: str
+    contact: Card = Card("")
     joins: CardChanges = field(default_factory=dict)
     leaves: CardChanges = field(default_factory=dict)
     warning: str = ""
     error: str = ""
-
-    @property
-    def how(self) -> str:
-        """Why messages are filed, for the log and the metrics."""
-        by_rule = "screened" if self.category.undoes else "known_sender"
-        return "tap" if self.is_tapped else by_rule
-
-    @property
-    def label(self) -> str:
-        return next((b for b, c in self.account.labels.items() if c == self.category), "")
+    failure: str = ""
 
     @property
     def tapped(self) -> list[Email]:
@@ -802,23 +785,27 @@ class SenderPlan:
 
     @property
     def destinations(self) -> set[str]:
-        """The ids of the mailboxes of the category and its ancestors."""
-        relatives = self.account.family(self.category)
-        return {self.account.destinations[each.name] for each in relatives}
+        """The ids of the mailboxes of the category and its ancestors, or of the Screener."""
+        boxes, screener = self.account.destinations, self.account.screener
+        return {boxes.get(each.name, screener) for each in self.account.family(self.category)}
 
     @property
     def misplaced(self) -> frozenset[str]:
         """The ids of the mailboxes in which no message of the sender should be."""
-        return self.account.managed - (self.destinations or {self.account.screener})
+        return self.account.managed - self.destinations
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there still is a tap, or something to file without one."""
+        return bool(self.tapped if self.label else any(map(self.refile, self.emails)))
 
     def refile(self, email: Email) -> Patch:
         """Return the patch that files a message. One that is neither labelled nor in a managed
         mailbox (in Trash, Junk or a folder of the user's, say) stays where it is."""
         account, has_label = self.account, self.label in email.mailboxes
-        if self.is_tapped and not (has_label or email.mailboxes & account.managed):
+        if self.label and not (has_label or email.mailboxes & account.managed):
             return {}
-        stays = self.is_tapped or self.category.add_to_inbox
-        gone = set() if stays else {account.inbox}
+        gone = set() if self.label or self.category.add_to_inbox else {account.inbox}
         if self.category.undoes:
             return account.undo_patch(email, {account.warning} | gone)
         add = self.destinations
@@ -826,90 +813,79 @@ class SenderPlan:
             add.add(account.inbox)
         if has_label and self.warning:
             add.add(account.warning)
-        patch = email.patch(add, (account.managed | gone) - add)
+        patch = email.patch(add, self.misplaced | gone)
         return patch | {"keywords/$seen": True} if patch and self.category.mark_read else patch
 
     def finish(self, email: Email) -> Patch:
         """Return the patch that takes off a filed message the label that is carried out, and no
         other, which may have been put on meanwhile."""
-        names = self.destinations if self.label in email.mailboxes else ()
-        return email.patch(names, {self.label, self.account.error})
+        return email.patch(self.destinations & email.mailboxes, {self.label, self.account.error})
 
-    def complete(self, cards: Collection[Card], today: str) -> "SenderPlan":
-        """Return the plan with what to do about contacts and groups, given the cards that were
-        found. Raises ValueError (see `find_contact`)."""
-        account = self.account
-        if lacking := account.lacks(account.needs_for(self.category)):
+    def complete(self, today: str) -> "SenderPlan":
+        """Return the plan with what to do about contacts and groups."""
+        account, undoes = self.account, self.category.undoes
+        if lacking := account.lacks(needs_for(account.family(self.category))):
             return replace(self, error=f"the account has no {lacking}")
         if any(email.mailboxes & account.outgoing for email in self.emails):
             return replace(self, error=IS_THE_USER)
-        plan = replace(self, contact=account.find_contact(self.sender, cards))
-        if not self.category.undoes:
-            return plan._joined(cards, today)
-        contacts = [card for card in cards if self.sender in card.emails and not card.is_group]
+        contacts = account.contacts_of(self.sender)
+        if bad := next((card for card in contacts if card.problem), None):
+            return replace(self, failure=f'the card "{bad.name or bad.ref}" {bad.problem}')
         # Where there is no contact its uid may have been left behind in groups.
-        left_behind = own_uid(f"mailto:{self.sender}", [c for c in cards if c not in contacts])
-        keys = {left_behind}.union(*(card.keys for card in contacts))
-        leaves = leave_groups(keys, account.own_names, cards)
-        return replace(plan, leaves=leaves | account.deletions(contacts, cards))
-
-    def _joined(self, cards: Collection[Card], today: str) -> "SenderPlan":
-        account, groups = self.account, self.account.groups
-        joins = [] if self.contact else [self._new_contact(cards, today)]
-        contact = self.contact or Card("", joins[0].uid, is_untouched=True)
+        new = Card("", own_uid(f"mailto:{self.sender}", account.cards), is_untouched=True)
+        contact = next(iter(contacts), new)
+        held = list(account.leaves(contacts or [new]))
         names = {each.contact_group for each in account.family(self.category)}
-        leaves = leave_groups(contact.keys, account.group_names - names, cards)
+        leaving = account.own_names if undoes else account.group_names - names
+        leaves = {change.key: change for change in held if change.name in leaving}
+        if undoes:
+            leaves |= account.deletions(contacts, account.cards)
+            return replace(self, contact=contact, leaves=leaves)
         names |= {account.settings.provenance_group} if contact.is_untouched else set()
-        # A group that has the contact already, by whatever line, is left alone.
-        names -= {card.group_name for card in cards if card.members_among(contact.keys)}
-        uids = frozenset([contact.uid])
-        joins += [CardChange(groups[name], add=uids) for name in sorted(names & groups.keys())]
-        plan = replace(self, joins={change.key: change for change in joins}, leaves=leaves)
+        names = (names & account.groups.keys()) - {change.name for change in held}
+        joins, uids = (
+            [] if contacts else [self._new_contact(new.uid, today)],
+            frozenset([contact.uid]),
+        )
+        joins += [CardChange(account.groups[n], name=n, add=uids) for n in sorted(names)]
+        given = {change.key: change for change in joins}
+        plan = replace(self, contact=contact, joins=given, leaves=leaves)
         return replace(plan, warning=plan._reason_to_warn())
 
-    def _new_contact(self, cards: Iterable[Card], today: str) -> CardChange:
+    def _new_contact(self, uid: str, today: str) -> CardChange:
         newest = max(self.tapped, key=lambda email: (email.received, email.id))
         name, kind = fold_name(newest.display_name), self.category.contact_type
         name = (turn_round(name) if kind == "person" else name)[:MAX_NAME].strip() or newest.address
         note = f'{CREATED_NOTE} on {today} as "{name}"'
-        uid = own_uid(f"mailto:{self.sender}", cards)
         return CardChange(None, uid, kind, name, newest.address, note)
 
     def _reason_to_warn(self) -> str:
-        name = self.contact.name if self.contact else ""
         for email in self.tapped if self.account.settings.warnings_enabled else []:
             if self.leaves and email.is_forged:
                 return "the message failed authentication (DMARC)"
-            if name_differs(name, email.display_name):
-                return f'the contact is called "{name}", the sender "{email.display_name}"'
+            if name_differs(self.contact.name, email.display_name):
+                known = self.contact.name
+                return f'the contact is called "{known}", the sender "{email.display_name}"'
         return ""
 
     def summary(self, filed: int) -> JSON:
         """Return what is done, for the log and for a dry run. `filed`: messages."""
-        changes = [*self.joins.values(), *self.leaves.values()]
-        fates = ["created" for each in changes if each.kind]
-        fates += ["deleted" for each in changes if each.deletes and each.card == self.contact]
-        facts: JSON = {"sender": self.sender, "category": self.category.name}
-        facts["contact"] = fates[0] if fates else "known" if self.contact else "none"
-        facts["joined"] = ", ".join(each.card.name for each in changes if each.card and each.add)
-        facts["left"] = ", ".join(each.card.name for each in changes if each.card and each.remove)
+        contact = "created" if self.joins else "none"
+        if self.contact.ref:
+            contact = "deleted" if self.contact.ref in self.leaves else "known"
+        facts: JSON = {"sender": self.sender, "category": self.category.name, "contact": contact}
+        facts["joined"] = ", ".join(each.name for each in self.joins.values() if each.add)
+        facts["left"] = ", ".join(each.name for each in self.leaves.values() if each.remove)
         facts |= {"messages_filed": filed, "warning": self.warning}
         return {key: value for key, value in facts.items() if value != ""}
 
 
-def leave_groups(keys: Set[str], names: Set[str], cards: Iterable[Card]) -> CardChanges:
-    """Return the changes that take the members with some keys out of the groups of some names."""
-    groups = [card for card in cards if card.group_name in names]
-    changes = [CardChange(group, remove=group.members_among(keys)) for group in groups]
-    return {change.key: change for change in changes if change.remove}
-
-
 def with_conflicts(plans: Sequence[SenderPlan]) -> list[SenderPlan]:
     """Return the plans, with an error for those that ask for one contact in several ways."""
-    asked = {(plan.contact.ref, plan.label) for plan in plans if plan.contact}
-    count = Counter(ref for ref, _ in asked)
+    asked = {(plan.contact.uid, plan.label) for plan in plans}
+    count = Counter(uid for uid, _ in asked)
     error = "several labels for the addresses of one contact"
-    return [replace(p, error=error) if p.contact and count[p.contact.ref] > 1 else p for p in plans]
+    return [replace(p, error=p.error or error) if count[p.contact.uid] > 1 else p for p in plans]
 
 
 # HTTP: who is sent the credentials, how long and how large a reply may be #########################
@@ -1965,24 +1941,24 @@ CYCLE_DEADLINE = 300.0
 # both find others' messages too. At last all that is there is listed.
 Condition = Callable[[str], JSON] | None
 CONDITIONS: tuple[Condition, ...] = (lambda a: {"from": a}, lambda a: {"header": ["From", a]}, None)
-Attempt = Callable[[Collection[str]], Reasons]
+# (message, whether in the Screener)
+Place = tuple[str, bool]
 
 
 def parse_email(raw: JSON, senders: Collection[str] = ()) -> Email | None:
     """Return an Email from an Email object (RFC 8621 section 4.1), if it is from one of the
     senders, or if there are none. The sender is the first From that is an address; a name has
     nothing in it that could end a line."""
-    authors = [each or {} for each in raw.get("from") or []]
-    found = (each for each in authors if address_key(each.get("email") or ""))
-    author = next(found, {"email": ""})
-    sender = address_key(author["email"])
+    authors = [each for each in raw.get("from") or [] if each and each.get("email")]
+    keys = [(address_key(each["email"]), each) for each in authors]
+    sender, author = next((each for each in keys if each[0]), ("", {"email": ""}))
     if senders and sender not in senders:
         return None
     # The receiving server's own comes first; what is below may be the sender's.
-    results = str(next(iter(raw.get(AUTHENTICATION) or []), ""))
+    results = "".join((raw.get(AUTHENTICATION) or [])[:1])
     is_forged = bool(re.search(r"(?i)\bdmarc\s*=\s*fail\b", results))
-    boxes = frozenset(box for box, there in raw["mailboxIds"].items() if there)
     name, address = one_line(author.get("name") or "")[:MAX_NAME], author["email"].strip(BLANKS)
+    boxes = frozenset(box for box, there in raw["mailboxIds"].items() if there)
     received = as_text(raw.get("receivedAt") or "")
     return Email(as_text(raw["id"]), sender, address, name, boxes, received, is_forged)
 
@@ -1992,15 +1968,14 @@ def emails_where(filter_: JSON, most: int = sys.maxsize, senders: Collection[str
     return Query("Email", filter_, EMAIL_PROPERTIES, lambda raw: parse_email(raw, senders), most)
 
 
-def searches(account: Account, places: Mapping[str, Collection[str]], by: Condition) -> list[Query]:
+def searches(account: Account, places: Mapping[str, frozenset[str]], by: Condition) -> list[Query]:
     """Return the queries for messages, given {sender: ids of mailboxes}: for the newest of the
     Screener, which may not be in the index yet, and for all that a condition finds; without one all
     that lies there is listed."""
     newest = emails_where(in_any([account.screener]), NEWEST, places)
-    queries, senders = [newest], defaultdict[frozenset[str], list[str]](list)
-    for sender in sorted(places):
-        senders[frozenset(places[sender])].append(sender)
-    for boxes, who in senders.items():
+    queries = [newest] if places else []
+    for boxes in set(places.values()):
+        who = [sender for sender in places if places[sender] == boxes]
         inside = in_any(boxes)
         forms = [by(form) for each in who for form in spellings(each)] if by else []
         parts = batched(forms, max(1, MAX_FILTER_TERMS // len(boxes)))
@@ -2040,26 +2015,32 @@ class Triage:
     _own: set[str] = field(default_factory=set)
     _lacking: str = ""
     _start: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
-    # {(message, whether in the Screener): whether it is never looked at there again}
-    _seen: dict[tuple[str, bool], bool] = field(default_factory=dict)
+    # {place: whether the message is never looked at there again}
+    _seen: dict[Place, bool] = field(default_factory=dict)
     # {sender: why its messages are under the error label}
     _errors: Reasons = field(default_factory=dict)
 
     def run(self) -> Reasons:
         """Run one cycle; {sender: why it failed}. Raises MailroomError if it cannot be finished."""
-        emails, arrived = self._read()
+        emails, left = self._read()
         self._own |= {each.sender for each in emails if each.mailboxes & self._account.outgoing}
         wanted, self._errors = self._account.resolve_labels(emails, self._own)
-        failed = Reasons()
+        fresh = {left[place].sender for place in left.keys() - self._seen.keys()}
+        fresh = {who for who in fresh if not is_own(who, {"", *self._own, *wanted})}
         # In any order: those that are left over are then not always the same.
         senders = random.sample(sorted(wanted), min(len(wanted), SENDERS_IN_CYCLE))
-        for batch in batched(senders, SENDERS_AT_ONCE):
-            failed |= self._isolated(partial(self._triage, wanted, emails), batch)
+        known = [*(email for email in emails if email.sender in wanted), *left.values()]
+        failed = Reasons()
+        for batch in filter(None, [*batched(senders, SENDERS_AT_ONCE), list(fresh)]):
+            failed |= self._isolated(partial(self._triage, wanted, known), batch, alone=False)
+        looked = [place for place in left if left[place].sender in fresh - failed.keys()]
+        self._seen |= {place: not place[1] for place in looked if place not in self._seen}
+        self._seen = dict(list(self._seen.items())[-MAX_SEEN:])
         going = wanted.keys() - self._errors.keys()
         self._mark(emails, going)
         is_cut = len(wanted) > len(senders) or len(emails) >= EMAILS_AT_ONCE
         self.has_more = is_cut and bool(going - failed.keys()) and not self.say
-        return failed | self._look_at([each for each in arrived if each.sender not in wanted])
+        return failed
 
     def _connect(self) -> None:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
@@ -2070,29 +2051,28 @@ class Triage:
 
     def _take(self, account: Account) -> None:
         """Go by the account as it is now. Raises ConfigurationError where nothing can work."""
-        if problems := account.problems():
-            raise ConfigurationError(*problems)
+        account.check()
         if (lacking := account.lacks(account.missing)) != self._lacking:
             there = f"no {lacking}: see `setup`" if lacking else "all that it needs"
             LOG.warning(f"the account has {there}")
         self._lacking, self._account = lacking, account
 
-    def _read(self) -> tuple[list[Email], list[Email]]:
+    def _read(self) -> tuple[list[Email], dict[Place, Email]]:
         """Return the messages under a triage label or the error label, and those without one that
-        have arrived. The mailboxes come along, and when the labels turn out to be others than
+        have arrived: each is looked at once, one that waits in the Screener again when the contacts
+        have changed. The mailboxes come along, and when the labels turn out to be others than
         before the messages are read again."""
         if self.client.stale:
             self._connect()
         lacking, account = self._lacking, self._account
         queries = [MAILBOXES, emails_where(in_any(account.queue), EMAILS_AT_ONCE)]
         queries.append(emails_where(in_any([account.screener]), NEWEST))
-        if self.settings.screen_inbox:
-            recent = {"inMailbox": account.inbox, "after": self._start}
-            queries.append(emails_where(recent | {"notKeyword": "$flagged"}, NEWEST))
+        recent = {"inMailbox": account.inbox, "after": self._start, "notKeyword": "$flagged"}
+        queries += [emails_where(recent, NEWEST)] if self.settings.screen_inbox else []
         calls, _ = self.contacts.questions(())
         answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
         boxes = parse_mailboxes(mailboxes)
-        self._take(Account(self.settings, boxes, account.groups.values()))
+        self._take(Account(self.settings, boxes, account.cards))
         if self._account.queue != account.queue:
             return self._read()
         totals = {each.id: each.total for each in self._account.mailboxes}
@@ -2100,10 +2080,15 @@ class Triage:
         self.samples["error_messages"] = totals.get(account.error, 0)
         if lacking != self._lacking or self.contacts.has_changed(answers):
             self._seen = {key: True for key, is_final in self._seen.items() if is_final}
-        arrived = [email for part in found for email in part]
-        return emails, [each for each in arrived if not each.mailboxes & account.marks]
+        left = {}
+        for email in [email for part in found for email in part]:
+            place = email.id, account.screener in email.mailboxes
+            is_waiting = place[1] and not email.mailboxes & account.marks
+            if (is_waiting or email.mailboxes == {account.inbox}) and not self._seen.get(place):
+                left[place] = email
+        return emails, left
 
-    def _isolated(self, attempt: Attempt, senders: Collection[str]) -> Reasons:
+    def _isolated(self, attempt: partial[Reasons], senders: list[str], alone: bool) -> Reasons:
         """Do something for some senders; {sender: why it failed}. When that fails and the server is
         well, it is done again one sender at a time, so that the one at fault holds up no one else.
         Raises the error of a server that is in trouble or wants to be left alone."""
@@ -2114,119 +2099,68 @@ class Triage:
                 raise
             if not error.answered:
                 self._connect()  # It raises when it is the server that is at fault.
+            if alone:
+                return {senders[0]: str(error)}
         failed = Reasons()
         for sender in senders:
-            try:
-                failed |= attempt([sender])
-            except ServerError as error:
-                if error.retry_after:
-                    raise
-                failed[sender] = str(error)
+            failed |= self._isolated(attempt, [sender], alone=True)
         return failed
 
-    def _ask(
-        self, senders: Collection[str], looks: Sequence[Query]
-    ) -> tuple[list[Card], list[list[Email]]]:
-        """Return the groups and the contacts of senders, and the messages that the looks find."""
-        calls, questions = self.contacts.questions(senders)
-        answers, found = self.client.fetch([*questions, *looks], calls)
-        cards = self.contacts.cards(answers, found[: len(questions)])
-        self._take(Account(self.settings, self._account.mailboxes, cards))
-        return cards, found[len(questions) :]
-
-    def _triage(self, wanted: Wanted, queue_: list[Email], senders: Collection[str]) -> Reasons:
-        """Triage some senders; {sender: why it failed}. A search is trusted when it finds the
-        labelled messages that are known; if not, the next one is tried, and at last the mailboxes
-        are listed."""
+    def _triage(self, wanted: dict[str, str], known: list[Email], senders: list[str]) -> Reasons:
+        """Triage some senders, and file what has arrived from others; {sender: why it failed}. A
+        search is trusted when it finds the labelled messages that are known; if not, the next one
+        is tried, and at last the mailboxes are listed."""
         account = self._account
-        boxes = account.managed | account.labels.keys() | account.outgoing
-        emails = {email.id: email for email in queue_ if email.sender in senders}
+        boxes = account.managed.union(account.labels, account.outgoing)
+        places = {who: boxes for who in senders if who in wanted}
+        emails = {email.id: email for email in known if email.sender in senders}
         tapped = {id_ for id_ in emails if emails[id_].mailboxes & account.labels.keys()}
+        calls, questions = self.contacts.questions(senders)
         for condition in CONDITIONS:
-            looks = searches(account, dict.fromkeys(senders, boxes), condition)
+            looks = searches(account, places, condition)
             try:
-                cards, [newest, *hits] = self._ask(senders, looks)
+                answers, found = self.client.fetch([*looks, *questions], calls)
             except MethodError as error:
                 if condition and error.method.startswith("Email/") and not error.retry_after:
                     continue  # The server cannot search like that.
                 raise
-            missed = tapped - {email.id for part in hits for email in part}
+            missed = tapped - {email.id for part in found[1 : len(looks)] for email in part}
             if not missed:
                 break
+        cards = self.contacts.cards(answers, found[len(looks) :])
+        self._take(Account(self.settings, account.mailboxes, cards))
         # Where all that is there was seen, a label that was not found has come off.
-        emails = {id_: emails[id_] for id_ in emails if condition or id_ not in missed}
-        emails |= {email.id: email for part in (newest, *hits) for email in part}
+        emails = {id_: emails[id_] for id_ in emails if id_ not in missed}
+        emails |= {email.id: email for part in found[: len(looks)] for email in part}
         plans = []
-        for sender in senders:
-            own = [email for email in emails.values() if email.sender == sender]
-            plans.append(SenderPlan(sender, wanted[sender], self._account, own))
-        return self._carry_out([plan for plan in plans if plan.tapped], cards, condition)
+        for who in senders:
+            label = wanted.get(who, "")
+            categories = [account.labels[label]] if label else self._account.known_as(who)
+            own = [email for email in emails.values() if email.sender == who]
+            if len(categories) > 1:
+                names = ", ".join(each.name for each in categories)
+                LOG.info("left alone: in several groups", extra=fields(sender=who, groups=names))
+            elif categories:
+                plans.append(SenderPlan(who, categories[0], self._account, own, label))
+        return self._carry_out([plan for plan in plans if plan.is_due], condition)
 
-    def _look_at(self, arrived: Sequence[Email]) -> Reasons:
-        """Look at the senders of messages that have arrived; {sender: why it failed}. Each message
-        is looked at once; one that waits in the Screener again when the contacts have changed."""
-        screener, inbox = self._account.screener, self._account.inbox
-        left = {}
-        for email in arrived:
-            key = email.id, screener in email.mailboxes
-            if (key[1] or email.mailboxes == {inbox}) and not self._seen.get(key):
-                left[key] = email
-        fresh = {left[key].sender for key in left.keys() - self._seen.keys()}
-        fresh = {who for who in fresh if who and not is_own(who, self._own)}
-        attempt = partial(self._file_arrived, list(left.values()))
-        failed = self._isolated(attempt, sorted(fresh)) if fresh else Reasons()
-        looked = {key for key in left if left[key].sender in fresh - failed.keys()}
-        self._remember({key: not key[1] for key in looked - self._seen.keys()})
-        return failed
-
-    def _remember(self, seen: Mapping[tuple[str, bool], bool]) -> None:
-        """Keep in mind what has been seen where, and of what was seen before only so much."""
-        self._seen |= seen
-        for key in list(self._seen)[:-MAX_SEEN]:
-            del self._seen[key]
-
-    def _file_arrived(self, arrived: Sequence[Email], senders: Collection[str]) -> Reasons:
-        """File what has arrived from senders in a category's group, and put what strangers sent to
-        the Inbox into the Screener; {sender: why it failed}."""
-        cards, _ = self._ask(senders, [])
-        plans = []
-        for sender in senders:
-            emails = [email for email in arrived if email.sender == sender]
-            known = self._account.known_as(sender, cards)
-            if not any(sender in card.emails for card in cards):
-                known = [self.settings.undo]
-                emails = [each for each in emails if self._account.inbox in each.mailboxes]
-            if len(known) > 1:
-                names = ", ".join(each.name for each in known)
-                LOG.info("left alone: in several groups", extra=fields(sender=sender, groups=names))
-            elif known and emails:
-                plans.append(SenderPlan(sender, known[0], self._account, emails, is_tapped=False))
-        return self._carry_out(plans, cards, None)
-
-    def _carry_out(
-        self, plans: list[SenderPlan], cards: list[Card], condition: Condition
-    ) -> Reasons:
+    def _carry_out(self, plans: Iterable[SenderPlan], condition: Condition) -> Reasons:
         """Complete the plans and carry them out, step by step; {sender: why it failed}. A sender
         for whom a step fails is left out of the next ones. Stopping anywhere leaves a sender in too
         many groups, never in none (unless triage is undone), and the label on."""
-        failed, complete = Reasons(), []
-        for plan in plans:
-            try:
-                complete.append(plan.complete(cards, date.today().isoformat()))
-            except ValueError as error:
-                failed[plan.sender] = str(error)
-        complete = with_conflicts(complete)
+        complete = with_conflicts([plan.complete(date.today().isoformat()) for plan in plans])
+        failed = {plan.sender: plan.failure for plan in complete if plan.failure}
         self._errors |= {plan.sender: plan.error for plan in complete if plan.error}
         self._own |= {plan.sender for plan in complete if plan.error == IS_THE_USER}
-        going = [plan for plan in complete if not plan.error]
+        going = [plan for plan in complete if not (plan.error or plan.failure)]
         if self.say:
             for plan in going:
                 facts = plan.summary(sum(map(bool, map(plan.refile, plan.emails))))
                 self.say("; ".join(f"{key.replace('_', ' ')}: {facts[key]}" for key in facts))
             return failed
         for step in ("joins", "leaves"):
-            changes = merge_changes(getattr(plan, step) for plan in going)
-            refused = self.contacts.apply(changes) if changes else {}
+            changes = [change for plan in going for change in getattr(plan, step).values()]
+            refused = self.contacts.apply(merge_changes(changes)) if changes else {}
             for plan in going:
                 for key in getattr(plan, step).keys() & refused.keys():
                     failed[plan.sender] = f"contact card {key}: {refused[key]}"
@@ -2237,19 +2171,19 @@ class Triage:
 
     def _note_done(self, plans: list[SenderPlan], filed: Counter[str], failed: Reasons) -> None:
         """Count and log what has been done: a line for each tap, and one for all that arrived."""
-        arrived = Counter[str]()
+        counts = Counter[str]()
         for plan in plans:
             event = "triage undone" if plan.category.undoes else "sender triaged"
-            count = filed[plan.sender]
-            self.samples[FILED.format(plan.how)] += count
-            if not plan.is_tapped:
-                arrived[plan.how] += count
-            elif plan.sender not in failed:
+            by_rule = "screened" if plan.category.undoes else "known_sender"
+            counts["tap" if plan.label else by_rule] += filed[plan.sender]
+            if plan.label and plan.sender not in failed:
                 self.samples[f"senders_{event.split()[1]}_total"] += 1
                 level = logging.WARNING if plan.warning else logging.INFO
-                LOG.log(level, event, extra=fields(**plan.summary(count)))
-        if arrived.total():
-            LOG.info("new messages filed", extra=fields(**arrived))
+                LOG.log(level, event, extra=fields(**plan.summary(filed[plan.sender])))
+        self.samples.update({FILED.format(how): count for how, count in counts.items()})
+        del counts["tap"]
+        if counts.total():
+            LOG.info("new messages filed", extra=fields(**counts))
 
     def _file(self, plans: list[SenderPlan], condition: Condition) -> tuple[Reasons, Counter[str]]:
         """File the messages of senders as their plans have it, and when nothing is left to file
@@ -2267,13 +2201,12 @@ class Triage:
                 patches = {email.id: going[email.sender].finish(email) for email in left}
             if not any(patches.values()):
                 return failed, filed
-            places = {who: plan.misplaced for who, plan in going.items() if plan.is_tapped}
-            looks = searches(self._account, places, condition) if places else []
+            places = {who: plan.misplaced for who, plan in going.items() if plan.label}
+            looks = searches(self._account, places, condition)
             refused, found = set_emails(self.client, patches, looks)
-            moved = [id_ for id_ in patches if patches[id_] and id_ not in refused]
-            is_home = {id_: not going[emails[id_].sender].category.undoes for id_ in moved}
-            both = ((id_, place) for id_ in moved for place in (True, False))
-            self._remember({key: is_home[key[0]] or not key[1] for key in both})
+            for id_ in [id_ for id_ in patches if patches[id_] and id_ not in refused]:
+                is_home = not going[emails[id_].sender].category.undoes
+                self._seen |= {(id_, True): is_home, (id_, False): True}
             emails |= {id_: emails[id_].patched(patch) for id_, patch in patches.items()}
             emails |= {email.id: email for email in found}
             failed |= {emails[id_].sender: f"message {id_}: {why}" for id_, why in refused.items()}
