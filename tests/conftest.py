@@ -50,7 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def long(request: pytest.FixtureRequest) -> bool:
-    """Whether there is time for everything."""
     return bool(request.config.getoption("--long"))
 
 

@@ -11,6 +11,7 @@ import gevent
 import pytest
 import requests
 from jmap_server import CONTACTS, CORE, FOREVER, JSON, MAIL, SUBMISSION, Fault, JMAPServer, Options
+from real_server import http_session
 
 USING = [CORE, MAIL, SUBMISSION, CONTACTS]
 BOB = "Bob <bob@shop.example>"
@@ -22,8 +23,7 @@ class Client:
 
     def __init__(self, server: JMAPServer) -> None:
         self.server, self.account, self.options = server, server.account, server.options
-        self.http = requests.Session()
-        self.http.trust_env = False
+        self.http = http_session()
         self.http.headers["Authorization"] = f"Bearer {server.options.token}"
 
     def call(self, method: str, timeout: float = 5, **args: Any) -> JSON:
@@ -62,7 +62,7 @@ def test_a_search_finds_what_matches_or_fails_as_told(client: Client, mail: str)
     client.options.index_until = client.account.modseq
     late = client.account.deliver(BOB)
     assert client.query(**bob) == [mail, eve]
-    client.options.index_until = None
+    client.options.index_until = FOREVER
     client.options.from_search = "empty"
     assert client.query(**bob) == []
     client.options.from_search = "error"
@@ -77,11 +77,11 @@ def test_cyrus_loses_mails(client: Client, mail: str) -> None:
     client.options.last_mailbox, client.options.max_filter_terms = "lose", 300
     assert client.call("Email/set", update=update)["updated"] == {mail: None}
     mails = [client.account.deliver(BOB) for _ in range(6)]
-    box, bob = {"inMailbox": client.account.mailbox_id("Inbox")}, {"header": ["From", "bob"]}
+    boxes = [{"inMailbox": client.account.mailbox_id("Inbox")}] * 15
     for senders, found in ((20, mails), (21, mails[::3])):
-        pairs = ((box, 15), (bob, senders))
-        both = [{"operator": "OR", "conditions": [one] * number} for one, number in pairs]
-        assert client.query(operator="AND", conditions=both) == found
+        both = (boxes, [{"header": ["From", "bob"]}] * senders)
+        anded = [{"operator": "OR", "conditions": each} for each in both]
+        assert client.query(operator="AND", conditions=anded) == found
 
 
 def test_what_is_too_much_or_there_already_is_refused(client: Client) -> None:
@@ -106,14 +106,11 @@ def test_only_good_cards_are_created_and_only_members_changed(client: Client) ->
     refused = {name: {"type": "invalidProperties", "properties": [name]} for name in bad}
     assert client.set("ContactCard", create=create) == refused
     group = account.add_group("Friends", ["u0"])
-    for patch, error in (
-        ({"members/urn:uuid:1": True, "members/u0": None}, None),
-        ({"notes/n1": {"note": "x"}}, "invalidPatch"),
-        ({"members/u1": False}, "invalidProperties"),
-        ({"uid": "other"}, "invalidProperties"),
-    ):
+    members = {"members/urn:uuid:1": True, "members/u0": None}
+    assert client.set("ContactCard", update={group: members}) == {}
+    for patch in ({"notes/n1": {"note": "x"}}, {"members/u1": False}, {"uid": "other"}):
         refused = client.set("ContactCard", update={group: patch})
-        assert refused.get(group, {}).get("type") == error
+        assert refused[group]["type"] in ("invalidPatch", "invalidProperties")
     assert account.cards[group]["members"] == {"urn:uuid:1": True}
     account.put_in_book(group, account.add_book("Shared", may_write=False))
     good["addressBookIds"] = account.cards[group]["addressBookIds"]
@@ -125,20 +122,16 @@ def test_only_good_cards_are_created_and_only_members_changed(client: Client) ->
 @pytest.mark.parametrize(
     ("options", "start"),
     [
-        (Options.fastmail(stream_life=0.05), 'data: {"type": "connect"'),
-        (Options.cyrus(stream_life=0.05), 'data: {"@type": "StateChange"'),
-        (Options.stalwart(ping_pace=0.01), 'data: {"interval": 30000}'),
+        (Options.fastmail(), b"event: state"),
+        (Options.cyrus(stream_life=0.05), None),
+        (Options.stalwart(ping_pace=0.01), b"event: ping"),
     ],
 )
-def test_servers_have_their_own_streams(options: Options, start: str) -> None:
+def test_servers_have_their_own_streams(options: Options, start: bytes | None) -> None:
     with JMAPServer(options) as server, gevent.Timeout(5):
         url = f"{server.origin}/jmap/event/?types=*&ping=30"
-        reply = Client(server).http.get(url, stream=True)
-        server.wait_for(lambda: server.streams)
-        server.account.add_contact("a@x.example")
-        lines = reply.iter_lines(chunk_size=1, decode_unicode=True)
-        assert any(line.startswith(start) for line in lines)
-        assert not options.stream_life or sum(line == "event: state" for line in lines) <= 1
+        lines = Client(server).http.get(url, stream=True).iter_lines(chunk_size=1)
+        assert next(lines, None) == start
 
 
 @pytest.mark.parametrize(
@@ -167,12 +160,11 @@ def test_a_reply_may_never_come_whole(
 
 def test_one_object_may_be_refused_and_others_may_come_between(client: Client, mail: str) -> None:
     limited, update = {"type": "rateLimit"}, {mail: SEEN}
-    client.server.faults.append(Fault("Email/set", refuse={mail: limited}))
+    label = Fault("Email/set", before_call=lambda *_: client.account.label(mail, "Feed"), nth=2)
+    label.after = client.server.pause
+    client.server.faults += [Fault("Email/set", refuse={mail: limited}), label]
     assert client.set("Email", update=update) == {mail: limited}
     assert not client.server.writes
-    label = Fault("Email/set", before_call=lambda *_: client.account.label(mail, "Feed"))
-    label.after = client.server.pause
-    client.server.faults.append(label)
     assert client.set("Email", update=update) == {}
     assert [write.args["update"] for write in client.server.writes] == [update]
     assert client.account.mailboxes_of(mail) == {"Screener", "Feed"}

@@ -2,7 +2,7 @@
 of the user's phone to its cards, and a mail account beside it. Uids are without `urn:uuid:`."""
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import requests
@@ -20,11 +20,22 @@ CATEGORIES = (
 )
 GROUPS = ("Imbox", "Person", "Feed", "Jail", "Mailroom")
 PHONE = "+1 555 0100"
-V4_TYPE = {"Accept": "text/vcard; version=4.0"}
 
 
 def bare_uid(uid: str) -> str:
     return uid.strip().removeprefix("urn:uuid:")
+
+
+def contact_lines(uid: str, addresses: Iterable[str], name: str, note: str | None) -> list[str]:
+    emails = [f"EMAIL;TYPE=INTERNET:{address}" for address in addresses]
+    notes = [] if note is None else ["NOTE:" + note.replace("\n", "\\n")]
+    return [f"UID:{uid}", f"FN:{name}", f"N:;{name};;;", *emails, *notes]
+
+
+def group_lines(uid: str, name: str, members: Iterable[str], version_4: bool = False) -> list[str]:
+    prefix, urn = ("", "") if version_4 else ("X-ADDRESSBOOKSERVER-", "urn:uuid:")
+    joined = [f"{prefix}MEMBER:{urn}{member}" for member in members]
+    return [f"UID:{uid}", f"FN:{name}", f"N:{name};;;;", f"{prefix}KIND:group", *joined]
 
 
 class Seen(NamedTuple):
@@ -54,22 +65,19 @@ class JMAPBook:
         notes = {} if note is None else {"x": {"note": note}}
         named = {"name": {"full": name}} if name else {}
         card = {"kind": "individual", **named, "emails": emails, "notes": notes}
-        return str(self.account.cards[self.account.new_card(card)]["uid"])
+        return self.account.uid_of(self.account.new_card(card))
 
     def add_group(self, name: str, *members: str) -> str:
-        return str(self.account.cards[self.account.add_group(name, members)]["uid"])
+        return self.account.uid_of(self.account.add_group(name, members))
 
     def meddle(self, uid: str) -> None:
-        card = self.account.cards[self.account.by_uid[uid]]
-        self.account.put_card({**card, "phones": {"p1": {"number": PHONE}}})
+        self.account.change_card(uid, phones={"p1": {"number": PHONE}})
 
     def remove(self, uid: str) -> None:
-        self.account.remove_card(self.account.by_uid[uid])
+        self.account.remove_card(uid)
 
     def seen(self) -> dict[str, Seen]:
-        return {
-            uid: self._seen(self.account.cards[key]) for uid, key in self.account.by_uid.items()
-        }
+        return {card["uid"]: self._seen(card) for card in self.account.cards.values()}
 
     def _seen(self, card: Mapping[str, Any]) -> Seen:
         kinds = {"group": "group", "org": "company"}
@@ -111,22 +119,17 @@ class DAVBook:
         """A card as it is kept."""
         text = self.ask("GET", url).content.decode()
         if "x-addressbookserver-kind" in text:  # Cyrus shows a vCard 4.0 as 3.0
-            text = self.ask("GET", url, **V4_TYPE).content.decode()
+            text = self.ask("GET", url, Accept="text/vcard; version=4.0").content.decode()
         return text
 
     def add(self, *addresses: str, name: str = "Bob", note: str | None = None) -> str:
         uid = str(uuid.uuid4())
-        emails = [f"EMAIL;TYPE=INTERNET:{address}" for address in addresses]
-        notes = [] if note is None else ["NOTE:" + note.replace("\n", "\\n")]
-        self.put(f"{uid}.vcf", f"UID:{uid}", f"FN:{name}", f"N:;{name};;;", *emails, *notes)
+        self.put(f"{uid}.vcf", *contact_lines(uid, addresses, name, note))
         return uid
 
     def add_group(self, name: str, *members: str) -> str:
-        uid, prefix = str(uuid.uuid4()), "" if self.version_4 else "X-ADDRESSBOOKSERVER-"
-        urn = "" if self.version_4 else "urn:uuid:"
-        kind = [f"{prefix}KIND:group", *(f"{prefix}MEMBER:{urn}{member}" for member in members)]
-        version = "4.0" if self.version_4 else "3.0"
-        lines = [f"UID:{uid}", f"FN:{name}", f"N:{name};;;;", *kind]
+        uid, version = str(uuid.uuid4()), "4.0" if self.version_4 else "3.0"
+        lines = group_lines(uid, name, members, self.version_4)
         self.put(f"{uid}.vcf", *lines, version=version)
         return uid
 

@@ -1,6 +1,7 @@
 """Accounts for whole stories: mails and contacts wherever they are kept, the user's hand on them,
 the commands, and what there is to compare afterwards, object by object."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,15 +11,15 @@ from unittest import mock
 import requests
 from books import Book, JMAPBook, radicale_book
 from radicale_server import RadicaleServer
+from requests import PreparedRequest, Response, Session
 from tools import SERVERS, Ran, cards_of, check_account, command
 
 from mailroom import MailroomError
 
 STORES = (*SERVERS, "radicale")
-Cards = dict[str, Any]
 
 
-def exact_cards(book: Any) -> Cards:
+def exact_cards(book: Any) -> dict[str, Any]:
     """Every card by its uid with all that is in it. Empty properties are as good as none; so are
     the order and the folding of the lines of a vCard."""
     if isinstance(book, JMAPBook):
@@ -34,36 +35,27 @@ def exact_cards(book: Any) -> Cards:
 def snapshot(home: "Home") -> dict[tuple[str, str], Any]:
     """All that an account has, to be compared: {("mail", subject): its mailboxes, ("box", name):
     whether it is subscribed, ("card", uid): the card}."""
-    kinds: dict[str, dict[str, Any]] = {"mail": {**home.where()}, "box": {**home.boxes()}}
-    kinds["card"] = exact_cards(home.book)
-    return {(kind, key): value for kind, all_ in kinds.items() for key, value in all_.items()}
+    kinds = (("mail", home.where()), ("box", home.boxes()), ("card", exact_cards(home.book)))
+    return {(kind, key): value for kind, all_ in kinds for key, value in all_.items()}
 
 
 def of_kind(shot: Mapping[tuple[str, str], Any], kind: str) -> dict[str, Any]:
-    """What a snapshot has of a kind."""
     return {key: value for (each, key), value in shot.items() if each == kind}
 
 
 class Home(Protocol):
-    """An account. Mails go by their subjects; a mail's Inbox is "Inbox"."""
+    """An account: the settings for it and no other, what happens to its mails, and where they are;
+    whether each mailbox is subscribed. Mails go by their subjects, mailboxes by their names, but
+    the Inbox, where a mail is delivered, by its IMAP name."""
 
     book: Any
 
     @property
-    def settings(self) -> Mapping[str, object]:
-        """The settings for this account, and no other."""
-
-    def deliver(self, sender: str | None, subject: str, mailbox: str = "Screener") -> str:
-        """A mail arrives in a mailbox (by its IMAP name); its subject."""
-
-    def tap(self, subject: str, *labels: str) -> None:
-        """The user puts labels on a mail."""
-
-    def where(self) -> dict[str, set[str]]:
-        """The mailboxes of each mail."""
-
-    def boxes(self) -> dict[str, bool]:
-        """Whether each mailbox is subscribed."""
+    def settings(self) -> Mapping[str, object]: ...
+    def deliver(self, sender: str | None, subject: str, mailbox: str = "Screener") -> str: ...
+    def tap(self, subject: str, *labels: str) -> None: ...
+    def where(self) -> dict[str, set[str]]: ...
+    def boxes(self) -> dict[str, bool]: ...
 
 
 def run(home: Home, *arguments: str, **changes: object) -> Ran:
@@ -88,8 +80,7 @@ class EmbeddedHome:
         self.book: Any = book
         self.mail = book.mail
         self.account = self.mail.account
-        self.changes: dict[str, object] = {}
-        """Settings of this account's, beside where it is."""
+        self.changes: dict[str, object] = {}  # settings of this account's, beside where it is
         self._ids: dict[str, str] = {}
         for box in [box.id for box in self.account.mailboxes.values() if not box.role]:
             self.account.remove_mailbox(box)
@@ -130,7 +121,7 @@ def embedded_home(store: str, radicale: Callable[[], RadicaleServer]) -> Iterato
         check_account(server, takes_back=True)
 
 
-# What is there, and what the user does
+JANE = "Jane <jane@x.example>"
 
 
 def furnished(book: Any) -> EmbeddedHome:
@@ -141,9 +132,7 @@ def furnished(book: Any) -> EmbeddedHome:
     return home
 
 
-def tap_new(
-    home: EmbeddedHome, label: str = "@ToFeed", sender: str = "Jane <jane@x.example>"
-) -> str:
+def tap_new(home: EmbeddedHome, label: str = "@ToFeed", sender: str = JANE) -> str:
     """A new message, with a label at once; its subject."""
     subject = home.deliver(sender, f"mail {len(home.where())}")
     home.tap(subject, label)
@@ -166,22 +155,16 @@ def put(home: EmbeddedHome, *lines: str, version: str = "3.0") -> str:
     return str(home.book.put(f"{len(home.book.seen())}.vcf", *lines, version=version))
 
 
-# The story of a newcomer
-
 ADOPTED: dict[str, tuple[list[str], dict[str, Any]]] = {
-    # sender: the lines of a contact of the user's, and the properties of a ContactCard
+    # sender: what a contact of the user's has beside its name, as lines and as properties
     "tea@x.example": (
-        ["FN:Tea", "N:;Tea;;;", "NOTE:Likes tea.\\nAnd cake."],
-        {"name": {"full": "Tea"}, "notes": {"k": {"note": "Likes tea.\nAnd cake."}}},
+        ["NOTE:Likes tea.\\nAnd cake."],
+        {"notes": {"k": {"note": "Likes tea.\nAnd cake."}}},
     ),
-    "plain@x.example": (["FN:Plain", "N:;Plain;;;"], {"name": {"full": "Plain"}}),
+    "plain@x.example": ([], {}),
     "rich@x.example": (
-        ["FN:Rich", "N:;Rich;;;", "TEL;TYPE=CELL:1", "X-UNHEARD-OF;X-P=1:a\\, b", "NICKNAME:R"],
-        {
-            "name": {"full": "Rich"},
-            "phones": {"p": {"number": "1"}},
-            "example.com:x": {"y": [1, {"z": None}]},
-        },
+        ["TEL;TYPE=CELL:1", "X-UNHEARD-OF;X-P=1:a\\, b", "NICKNAME:R"],
+        {"phones": {"p": {"number": "1"}}, "example.com:x": {"y": [1, {"z": None}]}},
     ),
 }
 SENDERS = {
@@ -199,14 +182,14 @@ SENDERS = {
 def add_contact(home: Home, address: str) -> str:
     """A contact of the user's, of those in ADOPTED; its uid."""
     lines, properties = ADOPTED[address]
-    book: Any = home.book
+    name, book = address.partition("@")[0].title(), home.book
     if isinstance(book, JMAPBook):
         emails = {"e": {"address": address, "contexts": {"work": True}}}
-        card = {"kind": "individual", "emails": emails, **properties}
-        return str(book.account.cards[book.account.new_card(card)]["uid"])
+        card = {"kind": "individual", "name": {"full": name}, "emails": emails, **properties}
+        return book.account.uid_of(book.account.new_card(card))
     uid = f"00000000-0000-4000-8000-{len(address):012d}"
-    mail = f"item1.EMAIL;TYPE=WORK:{address}"
-    book.put(f"{uid}.vcf", f"UID:{uid}", *lines, mail, "item1.X-ABLabel:Job")
+    lines = [f"UID:{uid}", f"FN:{name}", f"N:;{name};;;", *lines]
+    book.put(f"{uid}.vcf", *lines, f"item1.EMAIL;TYPE=WORK:{address}", "item1.X-ABLabel:Job")
     return uid
 
 
@@ -220,7 +203,6 @@ def furnish(home: Home) -> None:
 
 
 def mail_of(sender: str, nth: int = 0) -> str:
-    """The subject of one of a sender's mails."""
     return f"{sender.rpartition('<')[2].removesuffix('>')} {nth}"
 
 
@@ -262,8 +244,7 @@ def story(home: Home) -> None:
     assert snapshot(home) == before
     tap_all(home)
     assert snapshot(home) == tapped
-    ran = run(home, "reset")
-    assert (ran.status, snapshot(home)) == (0, tapped)
+    assert (run(home, "reset").status, snapshot(home)) == (0, tapped)
     ran = run(home, "reset", "--apply", "--yes")
     assert (ran.status, ran.err) == (0, ""), ran
     after = snapshot(home)
@@ -271,9 +252,6 @@ def story(home: Home) -> None:
     for kind in ("mail", "box"):  # the mailboxes that setup made stay
         assert of_kind(after, kind) == of_kind(before, kind)
     assert run(home, "reset").out == "There is nothing to do.\n"
-
-
-# What befalls the requests that Mailroom sends, wherever they go
 
 
 class Killed(BaseException):
@@ -285,33 +263,27 @@ class Fate:
     each, and says "killed after", "lost", "reply lost" or nothing."""
 
     def __init__(self) -> None:
-        self.sent: list[requests.PreparedRequest] = []
-        self.befall: Callable[[requests.PreparedRequest], str] = lambda _: ""
-        self._send = requests.Session.send
+        self.sent: list[PreparedRequest] = []
+        self.befall: Callable[[PreparedRequest], str] = lambda _: ""
+        self._send = Session.send
 
-    def send(
-        self, session: requests.Session, request: requests.PreparedRequest, **more: Any
-    ) -> requests.Response:
+    def send(self, session: Session, request: PreparedRequest, **more: Any) -> Response:
         if "Mailroom" not in str(request.headers.get("User-Agent")):
             return self._send(session, request, **more)
         self.sent.append(request)
         fate = self.befall(request)
-        if fate == "lost":
-            raise requests.ConnectionError("lost on its way")
-        response = self._send(session, request, **more)
-        if fate == "killed after":
-            raise Killed
-        if fate == "reply lost":
-            raise requests.ConnectionError("the reply is lost")
+        if fate != "lost":
+            response = self._send(session, request, **more)
+        if fate:
+            raise Killed if fate == "killed after" else requests.ConnectionError(fate)
         return response
 
     @property
-    def writes(self) -> list[requests.PreparedRequest]:
+    def writes(self) -> list[PreparedRequest]:
         return list(filter(is_write, self.sent))
 
 
-def is_write(request: requests.PreparedRequest) -> bool:
-    """Whether a request is to change anything."""
+def is_write(request: PreparedRequest) -> bool:
     return request.method in ("PUT", "DELETE") or b'/set"' in (request.body or b"")
 
 
@@ -319,25 +291,16 @@ def is_write(request: requests.PreparedRequest) -> bool:
 def fate() -> Iterator[Fate]:
     """While it is entered, Mailroom's requests meet their fate."""
     fate = Fate()
-    with mock.patch.object(
-        requests.Session, "send", lambda *args, **more: fate.send(*args, **more)
-    ):
+    with mock.patch.object(Session, "send", lambda *args, **more: fate.send(*args, **more)):
         yield fate
 
 
 def met(
-    run: Callable[[], object],
-    what: str,
-    nth: int,
-    counts: Callable[[requests.PreparedRequest], bool],
+    run: Callable[[], object], what: str, nth: int, counts: Callable[[PreparedRequest], bool]
 ) -> bool:
     """Run, with the nth of the requests that count met with its fate; whether there was one."""
-    with fate() as watched:
-
-        def number() -> int:
-            return sum(map(counts, watched.sent))
-
-        watched.befall = lambda request: what if counts(request) and number() == nth else ""
-        with suppress(Killed, MailroomError):
-            run()
-        return number() >= nth
+    left = itertools.chain([""] * (nth - 1), [what], itertools.repeat(""))
+    with fate() as watched, suppress(Killed, MailroomError):
+        watched.befall = lambda request: next(left) if counts(request) else ""
+        run()
+    return sum(map(counts, watched.sent)) >= nth

@@ -1,19 +1,6 @@
-"""An embedded JMAP server: a real HTTP server on loopback with one mail account behind it.
-
-It keeps the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts) in the manner of
-Fastmail, Cyrus or Stalwart (`Options.fastmail()` ...), and misbehaves exactly when it is told to.
-
-    with JMAPServer.with_mailroom_account(Options.cyrus()) as server:
-        mail = server.account.deliver("Bob <bob@shop.example>", ["Screener"])
-        server.account.label(mail, "@ToFeed")           # the user's phone
-        server.faults.append(Fault("Email/set", status=503))   # the first Email/set that comes
-        run_the_client(server.session_url, server.options.token)
-        assert server.account.mailboxes_of(mail) == {"Feed"}
-
-How it reads: errors, options and faults - the account and its direct helpers - the data types -
-one API request - HTTP - event streams - the server. The process must be monkey-patched by gevent;
-this module does not patch.
-"""
+"""An embedded JMAP server: a real HTTP server on loopback with one mail account behind it. It keeps
+the rules of RFC 8620 (core), 8621 (mail), 9610 and 9553 (contacts) in the manner of Fastmail, Cyrus
+or Stalwart (`Options.fastmail()` ...), and misbehaves exactly when it is told to (`Fault`)."""
 
 from __future__ import annotations
 
@@ -34,7 +21,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.errors import HeaderParseError
@@ -42,7 +29,7 @@ from email.header import decode_header, make_header
 from email.utils import getaddresses
 from functools import lru_cache, partial
 from operator import itemgetter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import gevent
 import gevent.monkey
@@ -54,6 +41,7 @@ assert gevent.monkey.is_module_patched("socket"), "patch with gevent.monkey befo
 
 JSON = dict[str, Any]
 Ids = AbstractSet[str]
+Body = bytes | Iterable[bytes]
 
 CORE = "urn:ietf:params:jmap:core"
 MAIL = "urn:ietf:params:jmap:mail"
@@ -61,12 +49,9 @@ SUBMISSION = "urn:ietf:params:jmap:submission"
 CONTACTS = "urn:ietf:params:jmap:contacts"
 
 SESSION_PATH, API_PATH, EVENT_PATH = "/jmap/session", "/jmap/api/", "/jmap/event/"
-WELL_KNOWN_PATH, UPLOAD_PATH = "/.well-known/jmap", "/jmap/upload/"
+UPLOAD_PATH = "/jmap/upload/"
 PATHS = {SESSION_PATH: "session", API_PATH: "api", EVENT_PATH: "stream", UPLOAD_PATH: "upload"}
-PATHS[WELL_KNOWN_PATH] = "well-known"
 LIMITS = {
-    "maxSizeUpload": 50_000_000,
-    "maxConcurrentUpload": 4,
     "maxSizeRequest": 10_000_000,
     "maxConcurrentRequests": 10,
     "maxCallsInRequest": 50,
@@ -76,30 +61,22 @@ LIMITS = {
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
 ADDRESS = "alice@home.example"
 UTC_DATE = "%Y-%m-%dT%H:%M:%SZ"
-MAX_MAILBOXES = 20  # that a mail may be in
 FOREVER = 10**9
 BYSTANDER = "urn:uuid:5eb7c4f2-8f2d-4c1e-9d7e-0b6f0a3c1d55"  # who is in a group that is in use
 
 
-# ---------------------------------------------------------------------------------------- errors
-
-
 class JMAPError(Exception):
-    """An error object as it goes out: a type, perhaps a description, perhaps more."""
-
-    def __init__(self, kind: str, description: str = "", **more: Any) -> None:
-        super().__init__(kind, description)
-        self.body: JSON = {"type": kind, **more}
-        if description:
-            self.body["description"] = description
+    def __init__(self, type: str, description: str = "", **more: Any) -> None:
+        super().__init__(type, description)
+        told = {"description": description} if description else {}
+        self.body: JSON = {"type": type, **told, **more}
 
 
 class ProblemError(JMAPError):
     """The whole request is refused (RFC 8620 section 3.6.1)."""
 
-    def __init__(self, kind: str, detail: str = "", **more: Any) -> None:
-        super().__init__(f"urn:ietf:params:jmap:error:{kind}", **more)
-        self.body |= {"status": 400, "detail": detail}
+    def __init__(self, type: str, **more: Any) -> None:
+        super().__init__(f"urn:ietf:params:jmap:error:{type}", status=400, **more)
 
 
 class MethodError(JMAPError):
@@ -110,15 +87,10 @@ class SetError(JMAPError):
     """One object of a set call fails (RFC 8620 section 5.3)."""
 
 
-# --------------------------------------------------------------------------- options and faults
-
-
 @dataclass
 class Options:
-    """How the server behaves; every field may be changed while it runs.
-
-    Its defaults are a server that does everything as the RFCs suggest.
-    """
+    """How the server behaves; every field may be changed while it runs. By default it does
+    everything as the RFCs suggest."""
 
     token: str = "secret-token"
     username: str = ADDRESS
@@ -126,64 +98,55 @@ class Options:
     has_mail: bool = True
     has_contacts: bool = True
     has_submission: bool = True
-    identities: list[JSON] | None = None  # [{"email": "*@home.example"}]; else the one address
+    identities: list[JSON] = field(default_factory=lambda: [{"email": ADDRESS}])
     read_only: bool = False
     limits: dict[str, int] = field(default_factory=dict)  # what differs from LIMITS
     max_query_limit: int | None = None  # a query's limit is lowered to this, and told so
-    max_filter_terms: int | None = None  # an Email/query of more finds a third, no error (Cyrus)
+    max_filter_terms: int = FOREVER  # an Email/query of more finds a third, no error (Cyrus)
     mailbox_query: Literal["works", "refuse"] = "works"  # "refuse": only by role (Apache James)
     sparse_replies: bool = False  # a query tells no position, and null as the total
     last_mailbox: Literal["refuse", "lose"] = "refuse"  # "lose": told updated, but gone (Cyrus)
     from_search: Literal["index", "empty", "error"] = "index"  # "empty", "error": without an index
-    index_until: int | None = None  # mails that arrived after this Account.modseq are not found
+    index_until: float = math.inf  # mails that arrived after this Account.modseq are not found
     id_is_uid: bool = False  # a contact's id is its uid (Cyrus); set it before the account is made
     groups_in_use: bool = False  # each group has a member; set it before the account is made
     latency: float = 0  # seconds every request spends on the network
     history: int = FOREVER  # how many requests and writes are kept
-
     push: int | None = 200  # status of the event source; None: the session does not name one
     event_template: bool = True  # as in RFC 8620; else bare (Fastmail)
-    push_types: frozenset[str] = frozenset({"Email", "Mailbox", "AddressBook", "ContactCard"})
     connect_event: bool = False  # a stream begins with the present state (Fastmail)
     closes_streams_after: float | None = None  # seconds after its connect event (Fastmail: 1.2)
     stream_life: float | None = None  # the same without such an event (Cyrus: 300)
-    event_ids: bool = False
     coalesce: bool = True  # changes in quick succession are one event; else one a changed object
     chunked: bool = True  # else only the end of the connection ends a stream (Cyrus)
     pings: bool = True
-    ping_unit: int = 1  # what the announced interval counts: 1000 for milliseconds (Stalwart)
     ping_pace: float | None = None  # real seconds between pings, for tests that cannot wait
 
     @classmethod
     def fastmail(cls, **changes: Any) -> Options:
-        """Absolute URLs, a bare event URL, a connect event, no pings."""
         return replace(cls(event_template=False, connect_event=True, pings=False), **changes)
 
     @classmethod
     def cyrus(cls, **changes: Any) -> Options:
         """Cyrus 3.13 without a search index."""
-        cyrus = cls(relative_urls=True, id_is_uid=True, from_search="empty", event_ids=True)
+        cyrus = cls(relative_urls=True, id_is_uid=True, from_search="empty")
         cyrus.last_mailbox, cyrus.max_filter_terms = "lose", 300
-        cyrus.push_types = frozenset({"Email", "AddressBook", "ContactCard"})
         cyrus.chunked, cyrus.stream_life = False, 300
         return replace(cyrus, **changes)
 
     @classmethod
     def stalwart(cls, **changes: Any) -> Options:
-        """Templates, no event ids, pings announced in milliseconds."""
-        return replace(cls(ping_unit=1000), **changes)
-
-
-Body = bytes | Iterable[bytes]
+        """It does as the RFCs suggest."""
+        return cls(**changes)
 
 
 @dataclass
 class Fault:
     """What goes wrong with the `nth` matching request since the fault was added, `times` in a row.
 
-    `when` is "session", "well-known", "api", "stream", "upload", a method name (any call of the
-    request) or a predicate. Without `status`, `body`, `hang` and `drop` the request is worked as
-    usual; with them it is not, unless `work` says so.
+    `when` is "session", "api", "stream", "upload", a method name (any call of the request) or a
+    predicate. Without `status`, `body`, `hang` and `drop` the request is worked as usual; with them
+    it is not, unless `work` says so.
     """
 
     when: str | Callable[[Request], bool] = "api"
@@ -197,10 +160,8 @@ class Fault:
     drop: bool = False  # the connection ends with a reset
     delay: float = 0  # seconds between the work and the reply
     truncate: int | None = None  # the connection ends after so many bytes of the body
-    # Method name or call id to the `error` it gets; the call is not worked.
-    errors: dict[str, JSON] = field(default_factory=dict)
-    # Object or creation id, or "*", to the SetError it gets in notUpdated, notCreated ...
-    refuse: dict[str, JSON] = field(default_factory=dict)
+    errors: dict[str, JSON] = field(default_factory=dict)  # by method or call id; it is not worked
+    refuse: dict[str, JSON] = field(default_factory=dict)  # SetErrors, by id of the object, or "*"
     before_call: Callable[[str, JSON], object] | None = None  # gets the method and its arguments
     after: Callable[[], object] | None = None  # runs after the work and before the reply
     edit: Callable[[Any], Any] | None = None  # makes of the JSON of a reply what is sent instead
@@ -208,20 +169,12 @@ class Fault:
     fired: int = field(default=0, init=False)
 
     def due(self, request: Request) -> bool:
-        """Whether this request is the one; counts it if it matches."""
         if not (self.when(request) if callable(self.when) else request.matches(self.when)):
             return False
         self.matched += 1
         due = self.nth <= self.matched < self.nth + self.times
         self.fired += due
         return due
-
-    @property
-    def replaces_work(self) -> bool:
-        return self.hang or self.drop or self.status is not None or self.body is not None
-
-
-# ------------------------------------------------------------------------------------ the account
 
 
 @dataclass(slots=True)
@@ -251,10 +204,6 @@ class Mail:
         """The header From, and what a text search sees of it: names and addresses, decoded."""
         seen = " ".join(f"{one['name'] or ''} {one['email']}" for one in self.senders or ())
         return (self.sender or "").lower(), seen.lower()
-
-
-def flags(names: Iterable[str]) -> dict[str, bool]:
-    return dict.fromkeys(names, True)
 
 
 def decoded(text: str) -> str:
@@ -294,19 +243,16 @@ def full_name(card: JSON) -> str:
 
 @dataclass
 class History:
-    """The objects of one type: when each came, which are gone, and when the last change was."""
+    """The objects of one type: which are gone, and when the last change was."""
 
-    born: dict[str, int] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     modseq: int = 0
 
 
 class Account:
-    """One user's mailboxes, mails and contacts; its methods are the user's phone.
-
-    Whatever takes a mailbox or a book takes its name or id. Every change bumps the states and is
-    published to the listeners (the event streams), whether it came from here or over HTTP.
-    """
+    """One user's mailboxes, mails and contacts; its methods are the user's phone. Whatever takes a
+    mailbox takes its name or id. Every change bumps the states and is published to the listeners
+    (the event streams), whether it came from here or over HTTP."""
 
     def __init__(self, *, id_is_uid: bool = False) -> None:
         self.id, self.address = "u1", ADDRESS
@@ -317,12 +263,10 @@ class Account:
         self.mails: dict[str, Mail] = {}
         self.books: dict[str, JSON] = {}
         self.cards: dict[str, JSON] = {}
-        self.identities: dict[str, JSON] = {}  # of the options
         self.blobs: dict[str, bytes] = {}
         # A search costs what there are of distinct senders.
         self.by_sender: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         self.listeners: list[Callable[[dict[str, int]], None]] = []
-        self._news: dict[str, int] = {}
         self._serial = itertools.count(1)
         self.add_book("Personal")
 
@@ -339,8 +283,6 @@ class Account:
             account.add_group(name)
         return account
 
-    # Mailboxes
-
     def mailbox_id(self, name: str) -> str:
         """The mailbox of this id or name; of namesakes the oldest."""
         if name in self.mailboxes:
@@ -348,8 +290,7 @@ class Account:
         return next(box.id for box in self.mailboxes.values() if box.name == name)
 
     def add_mailbox(self, name: str, parent: str | None = None, role: str | None = None) -> str:
-        box = Mailbox(f"P{next(self._serial)}", name, role=role)
-        box.parent_id = self.mailbox_id(parent) if parent else None
+        box = Mailbox(f"P{next(self._serial)}", name, parent and self.mailbox_id(parent), role)
         self.mailboxes[box.id] = box
         self._publish(("Mailbox", box.id))
         return box.id
@@ -365,9 +306,7 @@ class Account:
         for mail_id in sorted(box.mails):
             self.unlabel(mail_id, box.id)
         del self.mailboxes[box.id]
-        self._publish(("Mailbox", box.id), alive=False)
-
-    # Mails
+        self._publish(("Mailbox", box.id), gone=box.id)
 
     def deliver(
         self,
@@ -384,19 +323,13 @@ class Account:
         serial = next(self._serial)
         minute = datetime(2025, 1, 1, tzinfo=UTC) + timedelta(minutes=serial)
         raw, senders = headers_of(sender)
-        mail = Mail(
-            f"M{serial}",
-            sender=raw,
-            senders=senders,
-            subject=subject,
-            received_at=received_at or minute.strftime(UTC_DATE),
-            verdicts=[*filter(None, [(headers or {}).get("Authentication-Results")])],
-            modseq=self.modseq + 1,
-        )
-        self.mails[mail.id] = mail
-        self.by_sender[mail.author].add(mail.id)
-        self.file(mail.id, map(self.mailbox_id, mailboxes), keywords)
-        return mail.id
+        received_at = received_at or minute.strftime(UTC_DATE)
+        verdicts = [*filter(None, [(headers or {}).get("Authentication-Results")])]
+        id_, modseq = f"M{serial}", self.modseq + 1
+        self.mails[id_] = Mail(id_, raw, senders, subject, received_at, verdicts, modseq)
+        self.by_sender[self.mails[id_].author].add(id_)
+        self.file(id_, map(self.mailbox_id, mailboxes), keywords)
+        return id_
 
     def label(self, mail_id: str, *mailboxes: str) -> None:
         self.file(mail_id, self.mails[mail_id].mailboxes | set(map(self.mailbox_id, mailboxes)))
@@ -405,11 +338,9 @@ class Account:
         self.file(mail_id, self.mails[mail_id].mailboxes - set(map(self.mailbox_id, mailboxes)))
 
     def move(self, mail_id: str, *mailboxes: str) -> None:
-        """Into these mailboxes and out of all others."""
         self.file(mail_id, map(self.mailbox_id, mailboxes))
 
     def mark(self, mail_id: str, *keywords: str) -> None:
-        """Exactly these keywords, as in `$seen`."""
         self.file(mail_id, self.mails[mail_id].mailboxes, keywords)
 
     def file(
@@ -420,18 +351,16 @@ class Account:
         old_boxes, old_words = mail.mailboxes, mail.keywords
         mail.mailboxes = frozenset(mailboxes)
         mail.keywords = old_words if keywords is None else frozenset(keywords)
-        counted = old_boxes ^ mail.mailboxes
-        if "$seen" in old_words ^ mail.keywords:
-            counted = old_boxes | mail.mailboxes
-        for box_id in old_boxes | mail.mailboxes:
-            here = self.mailboxes[box_id].mails
-            (here.add if box_id in mail.mailboxes else here.discard)(mail_id)
+        is_seen = "$seen" in old_words ^ mail.keywords
+        counted = old_boxes | mail.mailboxes if is_seen else old_boxes ^ mail.mailboxes
+        for box_id in old_boxes ^ mail.mailboxes:
+            self.mailboxes[box_id].mails ^= {mail_id}
         if not mail.mailboxes:
             del self.mails[mail_id]
             self.by_sender[mail.author].discard(mail_id)
         if (old_boxes, old_words) != (mail.mailboxes, mail.keywords):
-            self._note("Email", mail_id, alive=bool(mail.mailboxes))
-            self._publish(*(("Mailbox", box_id) for box_id in counted))
+            boxes = (("Mailbox", box_id) for box_id in counted)
+            self._publish(("Email", mail_id), *boxes, gone="" if mail.mailboxes else mail_id)
 
     def mails_by(self, *words: str, is_raw: bool = False) -> set[str]:
         """The mails with all of these in their header From, raw or as a text search sees it."""
@@ -448,26 +377,19 @@ class Account:
     def mails_in(self, mailbox: str) -> set[str]:
         return set(self.mailboxes[self.mailbox_id(mailbox)].mails)
 
-    # Contacts
-
     def add_book(self, name: str, *, is_default: bool = False, may_write: bool = True) -> str:
         """The first one is the default, until another is."""
         book_id = f"A{next(self._serial)}"
         for other in self.books.values() if is_default else ():
             other["isDefault"] = False
-        self.books[book_id] = {
-            "id": book_id,
-            "name": name,
-            "isDefault": is_default or not self.books,
-            "myRights": {"mayRead": True, "mayWrite": may_write},
-        }
+        rights = {"mayRead": True, "mayWrite": may_write}
+        book = {"id": book_id, "name": name, "isDefault": is_default or not self.books}
+        self.books[book_id] = {**book, "myRights": rights}
         self._publish(("AddressBook", book_id))
         return book_id
 
-    def put_in_book(self, card_id: str, *books: str) -> None:
-        """Into these address books and out of all others."""
-        found = [key for key, book in self.books.items() if {key, book["name"]} & {*books}]
-        self.put_card({**self.cards[card_id], "addressBookIds": flags(found)})
+    def put_in_book(self, card_id: str, book_id: str) -> None:
+        self.change_card(card_id, addressBookIds={book_id: True})
 
     def new_card(self, properties: Mapping[str, Any]) -> str:
         """A card of these properties, with the ids it lacks and in the default book."""
@@ -488,8 +410,9 @@ class Account:
 
     def add_group(self, name: str, members: Iterable[str] = ()) -> str:
         """`members` are ids of contacts, or uids."""
-        uids = flags(self.cards[key]["uid"] if key in self.cards else key for key in members)
-        return self.new_card({"kind": "group", "name": {"full": name}, "members": uids})
+        uids = [self.cards[key]["uid"] if key in self.cards else key for key in members]
+        named = {"kind": "group", "name": {"full": name}}
+        return self.new_card({**named, "members": dict.fromkeys(uids, True)})
 
     @property
     def groups(self) -> list[str]:
@@ -499,63 +422,53 @@ class Account:
     def by_uid(self) -> dict[str, str]:
         return {card["uid"]: key for key, card in self.cards.items() if card.get("uid")}
 
+    def uid_of(self, card_id: str) -> str:
+        return str(self.cards[card_id]["uid"])
+
     def group_id(self, name: str) -> str:
-        """Of namesakes the oldest."""
         return next(key for key in self.groups if full_name(self.cards[key]) == name)
 
     def join_group(self, name: str, contact_id: str) -> None:
-        group = self.cards[self.group_id(name)]
-        members = {**group.get("members", {}), self.cards[contact_id]["uid"]: True}
-        self.put_card({**group, "members": members})
+        group = self.group_id(name)
+        members = {**self.cards[group].get("members", {}), self.cards[contact_id]["uid"]: True}
+        self.change_card(group, members=members)
+
+    def change_card(self, card: str, **properties: Any) -> None:
+        """Of this id or uid."""
+        card_id = self.by_uid.get(card, card)
+        self.put_card({**self.cards[card_id], **properties})
 
     def put_card(self, card: JSON) -> None:
         """The one place where a card is made or changed."""
         self.cards[card["id"]] = card
         self._publish(("ContactCard", card["id"]))
 
-    def remove_card(self, card_id: str) -> None:
-        """Its uid stays in the groups it was in."""
+    def remove_card(self, card: str) -> None:
+        """Of this id or uid; its uid stays in the groups it was in."""
+        card_id = self.by_uid.get(card, card)
         del self.cards[card_id]
-        self._publish(("ContactCard", card_id), alive=False)
+        self._publish(("ContactCard", card_id), gone=card_id)
 
     def contacts_of(self, address: str) -> list[JSON]:
-        """The cards that have exactly this address."""
         return [card for card in self.cards.values() if address.lower() in card_addresses(card)]
 
     def groups_of(self, address: str) -> set[str]:
-        """Names of the groups that a contact of this address is in."""
         uids = {card.get("uid") for card in self.contacts_of(address)}
         groups = (self.cards[key] for key in self.groups)
         return {full_name(one) for one in groups if uids & (one.get("members") or {}).keys()}
 
-    # States
-
     def state(self, kind: str) -> str:
         return f"J{self.histories[kind].modseq}"
 
-    def _note(self, kind: str, object_id: str, alive: bool = True) -> None:
-        self.modseq += 1
-        history = self.histories[kind]
-        history.modseq = self._news[kind] = self.modseq
-        history.born.setdefault(object_id, self.modseq)
-        if not alive:
-            history.gone.add(object_id)
-
-    def _publish(self, *changed: tuple[str, str], alive: bool = True) -> None:
+    def _publish(self, *changed: tuple[str, str], gone: str = "") -> None:
+        news: dict[str, int] = {}
         for kind, object_id in changed:
-            self._note(kind, object_id, alive)
-        news, self._news = self._news, {}
+            self.modseq += 1
+            history = self.histories[kind]
+            history.modseq = news[kind] = self.modseq
+            history.gone |= {object_id} & {gone}
         for listener in self.listeners:
             listener(news)
-
-
-# ------------------------------------------------------------------------------- the data types
-
-
-def text_of(value: object) -> str:
-    if not isinstance(value, str):
-        raise MethodError("invalidArguments", f"not a string: {value!r}")
-    return value
 
 
 def select(where: JSON | None, among: Ids, condition: Callable[[str, Any, Ids], Ids]) -> Ids:
@@ -610,23 +523,21 @@ def is_id_set(value: object) -> bool:
 
 
 class Kind:
-    """One JMAP data type: what get, query and set have to know of its objects."""
+    """One JMAP data type: what get, query and set have to know of its objects. What can be set has
+    `update`, `destroy` and `create`, which returns the properties the client does not know."""
 
     name: ClassVar[str]
     store: ClassVar[str]  # the attribute of the account that has them
     capability: ClassVar[str]
     verbs: ClassVar[Ids] = frozenset({"get", "query", "set"})
-    arguments: ClassVar[Ids] = frozenset()  # beyond those of RFC 8620
     properties: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
     sorts: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    # Filter conditions that look at every object, with the text that is asked for.
+    filters: ClassVar[Mapping[str, Callable[[Any, str], object]]] = {}
 
     def __init__(self, account: Account, options: Options) -> None:
         self.account, self.options = account, options
         self.objects: dict[str, Any] = getattr(account, self.store)
-
-    def check(self, properties: Iterable[str]) -> None:
-        if unknown := [name for name in properties if name not in self.properties]:
-            raise MethodError("invalidArguments", f"unknown properties: {unknown}")
 
     def render(self, item: Any, properties: list[str] | None) -> JSON:
         wanted = self.properties if properties is None else dict.fromkeys(["id", *properties])
@@ -635,7 +546,7 @@ class Kind:
     def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
         """All matching ids in order; those alike in order of arrival."""
         found = select(where, self.objects.keys(), self.condition)
-        ids = sorted(found, key=self.account.histories[self.name].born.__getitem__)
+        ids = [key for key in self.objects if key in found]
         for comparator in reversed(sort):
             if comparator["property"] not in self.sorts:
                 raise MethodError("unsupportedSort", comparator["property"])
@@ -643,30 +554,16 @@ class Kind:
             ids.sort(key=values.__getitem__, reverse=not comparator.get("isAscending", True))
         return ids
 
-    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
-        """Filter conditions that look at every object."""
-        return {}
-
     def condition(self, name: str, value: Any, among: Ids) -> Ids:
-        """Those of the ids that this filter condition leaves."""
-        if name not in (tests := self.tests(value)):
+        if name not in self.filters:
             raise MethodError("unsupportedFilter", name)
-        return {key for key in among if tests[name](self.objects[key])}
-
-    def create(self, item: JSON) -> JSON:
-        """Makes an object; returns the properties the client does not know (with its id)."""
-        raise SetError("forbidden")
-
-    def update(self, object_id: str, patch: JSON) -> None:
-        raise SetError("forbidden")
-
-    def destroy(self, object_id: str, args: JSON) -> None:
-        raise SetError("forbidden")
+        if not isinstance(value, str):
+            raise MethodError("invalidArguments", f"not a string: {value!r}")
+        return {key for key in among if self.filters[name](self.objects[key], value)}
 
 
 class Mailboxes(Kind):
     name, store, capability = "Mailbox", "mailboxes", MAIL
-    arguments = frozenset({"onDestroyRemoveEmails"})
     properties: ClassVar = {
         "id": lambda box: box.id,
         "name": lambda box: box.name,
@@ -682,19 +579,16 @@ class Mailboxes(Kind):
         return super().search(where, sort)
 
     def create(self, item: JSON) -> JSON:
-        """A name is unique among its siblings (RFC 8621 section 2). A mailbox is not subscribed to
-        unless the client says so, as on Cyrus."""
+        """A name is unique among its siblings (RFC 8621 section 2)."""
         name, parent = item.get("name"), item.get("parentId")
         bad = [key for key in item if key not in ("name", "parentId", "isSubscribed")]
         bad += ["parentId"] if parent not in (None, *self.objects) else []
-        if not name or (name, parent) in (
-            (box.name, box.parent_id) for box in self.objects.values()
-        ):
-            bad.append("name")
+        taken = {(box.name, box.parent_id) for box in self.objects.values()}
+        bad += ["name"] if not name or (name, parent) in taken else []
         if bad:
             raise SetError("invalidProperties", properties=bad)
         box = self.objects[self.account.add_mailbox(str(name), parent)]
-        box.is_subscribed = item.get("isSubscribed", False)
+        box.is_subscribed = item.get("isSubscribed", False)  # as on Cyrus
         return self.render(box, None)
 
     def destroy(self, object_id: str, args: JSON) -> None:
@@ -712,8 +606,8 @@ class Emails(Kind):
         "id": lambda mail: mail.id,
         "blobId": lambda mail: f"B{mail.id}",
         "threadId": lambda mail: f"T{mail.id}",
-        "mailboxIds": lambda mail: flags(mail.mailboxes),
-        "keywords": lambda mail: flags(mail.keywords),
+        "mailboxIds": lambda mail: dict.fromkeys(mail.mailboxes, True),
+        "keywords": lambda mail: dict.fromkeys(mail.keywords, True),
         "receivedAt": lambda mail: mail.received_at,
         "from": lambda mail: mail.senders,
         "to": lambda _: [{"name": None, "email": ADDRESS}],
@@ -723,31 +617,25 @@ class Emails(Kind):
         "header:Authentication-Results:asText:all": lambda mail: mail.verdicts,
     }
     sorts: ClassVar = {"receivedAt": lambda mail: mail.received_at}
+    filters: ClassVar = {
+        "notKeyword": lambda mail, text: text not in mail.keywords,
+        "after": lambda mail, text: mail.received_at >= text,
+    }
 
     def search(self, where: JSON | None, sort: list[JSON]) -> list[str]:
-        found, most = super().search(where, sort), self.options.max_filter_terms
-        return found if most is None or count_terms(where) <= most else found[::3]
-
-    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
-        return {
-            "notKeyword": lambda mail: value not in mail.keywords,
-            "after": lambda mail: mail.received_at >= text_of(value),
-        }
+        found = super().search(where, sort)
+        return found if count_terms(where) <= self.options.max_filter_terms else found[::3]
 
     def condition(self, name: str, value: Any, among: Ids) -> Ids:
         """RFC 8621 section 4.4.1; `header` is a substring of the raw header and needs no index."""
-        account = self.account
         if name == "inMailbox":
-            if text_of(value) not in account.mailboxes:  # as Cyrus has it
+            if value not in self.account.mailboxes:  # as Cyrus has it
                 raise MethodError("invalidArguments", f"no mailbox {value}")
-            return among & account.mailboxes[value].mails
+            return among & self.account.mailboxes[value].mails
         if name == "from":
-            return self._text_search(text_of(value), among)
-        if name == "header":
-            header, text = map(text_of, value)
-            if header.lower() != "from":
-                raise MethodError("unsupportedFilter", f"header {header}")
-            return among & account.mails_by(text, is_raw=True)
+            return self._text_search(value, among)
+        if name == "header" and value[0].lower() == "from":
+            return among & self.account.mails_by(value[1], is_raw=True)
         return super().condition(name, value, among)
 
     def _text_search(self, text: str, among: Ids) -> Ids:
@@ -756,9 +644,8 @@ class Emails(Kind):
             raise MethodError("serverFail", "no search index")
         if self.options.from_search == "empty":
             return set()
-        until = math.inf if self.options.index_until is None else self.options.index_until
         found = among & self.account.mails_by(*text.split())
-        return {key for key in found if self.objects[key].modseq <= until}
+        return {key for key in found if self.objects[key].modseq <= self.options.index_until}
 
     def create(self, item: JSON) -> JSON:
         """RFC 8621 section 4.8: an import, of a blob with the headers of a message."""
@@ -769,20 +656,16 @@ class Emails(Kind):
             raise SetError("invalidProperties", properties=["blobId"])
         message = email.message_from_bytes(blob)
         texts = {name: " ".join(str(text).split()) for name, text in message.items()}
-        mail_id = self.account.deliver(
-            texts.pop("From", None),
-            boxes,
-            subject=texts.pop("Subject", ""),
-            received_at=item.get("receivedAt") or datetime.now(UTC).strftime(UTC_DATE),
-            keywords=item.get("keywords") or (),
-            headers=texts,
-        )
+        more: JSON = {"subject": texts.get("Subject", ""), "keywords": item.get("keywords") or ()}
+        more["received_at"] = item.get("receivedAt") or datetime.now(UTC).strftime(UTC_DATE)
+        mail_id = self.account.deliver(texts.get("From"), boxes, headers=texts, **more)
         made = self.render(self.objects[mail_id], ["blobId", "threadId"])
         return {**made, "size": len(blob)}
 
     def update(self, object_id: str, patch: JSON) -> None:
         """Only `mailboxIds` and `keywords` of a mail may change (RFC 8621 section 4.6)."""
-        mail, mailboxes, named = self.objects[object_id], self.account.mailboxes, set()
+        now = self.render(self.objects[object_id], ["mailboxIds", "keywords"])
+        mailboxes, named = self.account.mailboxes, set()
         for path, value in patch.items():
             top, *rest = pointer_parts(path)
             good = (value is True or value is None) if rest else is_id_set(value)
@@ -792,10 +675,7 @@ class Emails(Kind):
                 named |= set(rest or value)
         if not named <= mailboxes.keys():
             raise SetError("invalidProperties", properties=["mailboxIds"])
-        now = {"mailboxIds": flags(mail.mailboxes), "keywords": flags(mail.keywords)}
         patched = apply_patch(now, patch)
-        if len(patched["mailboxIds"]) > MAX_MAILBOXES:
-            raise SetError("tooManyMailboxes", "a mail may not be in so many mailboxes")
         if not patched["mailboxIds"] and self.options.last_mailbox == "refuse":
             raise SetError("invalidProperties", "in no mailbox", properties=["mailboxIds"])
         self.account.file(object_id, patched["mailboxIds"], patched["keywords"])
@@ -805,14 +685,12 @@ class Emails(Kind):
 
 
 class Identities(Kind):
-    name, store, capability = "Identity", "identities", SUBMISSION
+    name, capability = "Identity", SUBMISSION
     verbs = frozenset({"get"})
     properties: ClassVar = {key: itemgetter(key) for key in ("id", "email")}
 
     def __init__(self, account: Account, options: Options) -> None:
-        super().__init__(account, options)
-        known = [{"email": ADDRESS}] if options.identities is None else options.identities
-        self.objects |= {f"I{n}": {"id": f"I{n}", **one} for n, one in enumerate(known)}
+        self.objects = {f"I{n}": {"id": f"I{n}", **one} for n, one in enumerate(options.identities)}
 
 
 class Books(Kind):
@@ -832,9 +710,8 @@ def is_name(value: object) -> bool:
     if not isinstance(value, dict) or not value.keys() & {"full", "components"}:
         return False
     parts = dict(enumerate(value.get("components", [])))
-    return isinstance(value.get("full", ""), str) and all(
-        has_text(key, parts) for key in ("kind", "value")
-    )
+    has_parts = has_text("kind", parts) and has_text("value", parts)
+    return has_parts and isinstance(value.get("full", ""), str)
 
 
 CARD_REQUIRED = ("@type", "version", "addressBookIds")
@@ -853,23 +730,18 @@ CARD_RULES: dict[str, Callable[[Any], bool]] = {
 
 
 class Cards(Kind):
+    # A card may have properties of other makers, so none is unknown (RFC 9553).
     name, store, capability = "ContactCard", "cards", CONTACTS
-
-    def check(self, properties: Iterable[str]) -> None:
-        """A card may have properties of other makers, so none is unknown (RFC 9553)."""
+    # RFC 9610 section 3.3.1; `email` is a substring, as Cyrus has it.
+    filters: ClassVar = {
+        "kind": lambda card, text: card.get("kind", "individual") == text,
+        "uid": lambda card, text: card.get("uid") == text,
+        "email": lambda card, text: any(text.lower() in one for one in card_addresses(card)),
+    }
 
     def render(self, item: JSON, properties: list[str] | None) -> JSON:
         wanted = item if properties is None else ["id", *properties]
         return {key: item[key] for key in wanted if key in item}
-
-    def tests(self, value: Any) -> dict[str, Callable[[Any], object]]:
-        """RFC 9610 section 3.3.1; `email` is a substring, as Cyrus has it."""
-        text = text_of(value)
-        return {
-            "kind": lambda card: card.get("kind", "individual") == text,
-            "uid": lambda card: card.get("uid") == text,
-            "email": lambda card: any(text.lower() in one for one in card_addresses(card)),
-        }
 
     def create(self, item: JSON) -> JSON:
         self._validate(item, {*item, *CARD_REQUIRED})
@@ -914,13 +786,7 @@ class Cards(Kind):
 KINDS: tuple[type[Kind], ...] = (Mailboxes, Emails, Identities, Books, Cards)
 
 
-# -------------------------------------------------------------------------------- one API request
-
-
-@dataclass(slots=True)
-class Write:
-    """A set call that changed something."""
-
+class Write(NamedTuple):
     method: str
     args: JSON
     reply: JSON
@@ -931,7 +797,7 @@ PAGE = ("filter", "sort", "position", "anchor", "anchorOffset", "limit", "calcul
 ARGUMENTS = {
     "get": {"accountId", "ids", "properties"},
     "query": {"accountId", *PAGE},
-    "set": {"accountId", "ifInState", "create", "update", "destroy"},
+    "set": {"accountId", "ifInState", "create", "update", "destroy", "onDestroyRemoveEmails"},
     "import": {"accountId", "ifInState", "emails"},
 }
 
@@ -944,14 +810,12 @@ class Run:
         self.account, self.options = server.account, server.options
         self.replies: list[list[Any]] = []
         try:
-            self.using, self.calls = body["using"], body["methodCalls"]
-            types = [(type(name), type(args), type(tag)) for name, args, tag in self.calls]
+            self.using = body["using"]
+            self.calls = [(str(name), {**args}, tag) for name, args, tag in body["methodCalls"]]
         except (KeyError, TypeError, ValueError):
-            types = [(list,) * 3]
-        if any(found != (str, dict, str) for found in types):
-            raise ProblemError("notRequest", "not a Request object")
+            raise ProblemError("notRequest") from None
         if unknown := [name for name in self.using if name not in server.capabilities()]:
-            raise ProblemError("unknownCapability", f"unknown capability {unknown[0]}")
+            raise ProblemError("unknownCapability", detail=f"unknown capability {unknown[0]}")
         if len(self.calls) > server.limit("maxCallsInRequest"):
             raise ProblemError("limit", limit="maxCallsInRequest")
 
@@ -961,9 +825,8 @@ class Run:
                 self.fault.before_call(name, args)
             try:
                 if error := self.fault.errors.get(tag) or self.fault.errors.get(name):
-                    self.replies.append(["error", error, tag])
-                else:
-                    self.replies.append([name, self._call(name, args), tag])
+                    raise MethodError(**error)
+                self.replies.append([name, self._call(name, args), tag])
             except MethodError as failure:
                 self.replies.append(["error", failure.body, tag])
         return {"methodResponses": self.replies, "sessionState": self.server.session()["state"]}
@@ -976,11 +839,9 @@ class Run:
         kind = self.server.kinds.get(type_name)
         if kind is None or verb not in kind.verbs or kind.capability not in self.using:
             raise MethodError("unknownMethod")
-        if "accountId" not in args:
-            raise MethodError("invalidArguments", "accountId is missing")
-        if args["accountId"] != self.account.id:
+        if args.get("accountId") != self.account.id:
             raise MethodError("accountNotFound")
-        if unknown := args.keys() - ARGUMENTS[verb] - kind.arguments:
+        if unknown := args.keys() - ARGUMENTS[verb]:
             raise MethodError("invalidArguments", f"unknown arguments: {unknown}")
         methods = {"get": self._get, "query": self._query, "set": self._set, "import": self._set}
         return {"accountId": self.account.id, **methods[verb](kind, args)}
@@ -996,16 +857,16 @@ class Run:
 
     def _result(self, reference: Any) -> Any:
         try:
-            earlier = next(one for one in self.replies if one[2] == reference["resultOf"])
-            if earlier[0] != reference["name"]:
-                raise LookupError("another method")
-            return earlier[1][reference["path"].removeprefix("/")]
+            wanted = (reference["name"], reference["resultOf"])
+            answer = next(answer for name, answer, tag in self.replies if (name, tag) == wanted)
+            return answer[reference["path"].removeprefix("/")]
         except (LookupError, StopIteration) as problem:
             raise MethodError("invalidResultReference", repr(problem)) from None
 
     def _get(self, kind: Kind, args: JSON) -> JSON:
         objects, properties = kind.objects, args.get("properties")
-        kind.check(properties or ())
+        if kind.properties and (unknown := {*(properties or ())} - kind.properties.keys()):
+            raise MethodError("invalidArguments", f"unknown properties: {unknown}")
         ids = list(objects) if args.get("ids") is None else args["ids"]
         if not isinstance(ids, list) or not all(isinstance(key, str) for key in ids):
             raise MethodError("invalidArguments", "ids must be a list of ids")
@@ -1026,11 +887,8 @@ class Run:
         if not isinstance(limit or 0, int) or (limit or 0) < 0:
             raise MethodError("invalidArguments", "limit")
         lowered = cap is not None and (limit is None or limit > cap)
-        reply = {
-            "queryState": self.account.state(kind.name),
-            "canCalculateChanges": False,
-            "ids": ids[start:][: cap if lowered else limit],
-        }
+        page = ids[start:][: cap if lowered else limit]
+        reply: JSON = {"queryState": self.account.state(kind.name), "ids": page}
         reply |= {"total": None} if self.options.sparse_replies else {"position": start}
         reply |= {"total": len(ids)} if args.get("calculateTotal") else {}
         return reply | ({"limit": cap} if lowered else {})
@@ -1070,22 +928,15 @@ class Run:
             del self.server.writes[: -self.options.history]
         return reply
 
-    def _change(self, kind: Kind, verb: str, key: str, value: Any) -> JSON:
-        """One object's creation, update or destruction, as it is reported."""
+    def _change(self, kind: Any, verb: str, key: str, value: Any) -> JSON:
         if refused := self.fault.refuse.get(key) or self.fault.refuse.get("*"):
-            raise SetError(refused["type"], **{k: v for k, v in refused.items() if k != "type"})
+            raise SetError(**refused)
         if verb == "Created":
             return {key: kind.create(value)}
         if key not in kind.objects:
             raise SetError("notFound")
-        if verb == "Updated":
-            kind.update(key, value)
-        else:
-            kind.destroy(key, value)
+        (kind.update if verb == "Updated" else kind.destroy)(key, value)
         return {key: None}
-
-
-# ------------------------------------------------------------------------------------------ HTTP
 
 
 @dataclass
@@ -1108,13 +959,11 @@ class Request:
         self.kind = next(kinds, "other")
         self.size = len(self.body)
         self.json: Any = None
-        if self.kind == "api":
-            with suppress(ValueError):
-                self.json = json.loads(self.body)
+        with suppress(ValueError):
+            self.json = json.loads(self.body) if self.kind == "api" else None
 
     @property
     def calls(self) -> list[tuple[str, JSON]]:
-        """Name and arguments of every method call, as they were sent."""
         body = self.json if isinstance(self.json, dict) else {}
         return [(call[0], call[1]) for call in body.get("methodCalls", [])]
 
@@ -1123,7 +972,6 @@ class Request:
         return [name for name, _ in self.calls]
 
     def matches(self, what: str) -> bool:
-        """Whether it is of this kind or calls this method."""
         return what == self.kind or what in self.methods
 
 
@@ -1178,9 +1026,9 @@ class Connection:
                 self.sock.sendall(piece)
 
     def wait_for_end(self) -> None:
-        """Blocks until the client has gone."""
-        while self.sock.recv(65536):
-            pass
+        with suppress(OSError):
+            while self.sock.recv(65536):
+                pass
 
     def close(self) -> None:
         """A socket is closed for good only when its file is."""
@@ -1193,43 +1041,34 @@ class Connection:
         self.close()
 
 
-# -------------------------------------------------------------------------------- event streams
-
-
 class Stream:
     """One open event source (RFC 8620 section 7.3)."""
 
     def __init__(self, server: JMAPServer, request: Request) -> None:
         self.server, self.account, self.options = server, server.account, server.options
-        types, ping = request.query.get("types", "*"), request.query.get("ping", "0")
-        if not ping.isdigit():
-            raise ProblemError("notRequest", "ping")
-        offered = self.options.push_types
-        self.types = offered if types == "*" else offered & set(types.split(","))
-        self.interval = int(ping)
+        types = request.query.get("types", "*")
+        self.types = set(server.kinds) if types == "*" else set(server.kinds) & {*types.split(",")}
+        self.interval = int(request.query.get("ping", 0))
         self.hung = False
-        self._outbox: Queue[dict[str, int] | bytes | None] = Queue()
+        # News, or bytes as they are to be sent; None ends the stream cleanly.
+        self.outbox: Queue[dict[str, int] | bytes | None] = Queue()
 
     def push(self, news: dict[str, int]) -> None:
-        """Listens to the account."""
-        if wanted := {key: modseq for key, modseq in news.items() if key in self.types}:
-            self._outbox.put(wanted)
-
-    def send(self, data: bytes | None) -> None:
-        """Sends these bytes as they are; None ends the stream cleanly."""
-        self._outbox.put(data)
-
-    def drop(self) -> None:
-        """Ends it with a reset."""
-        self._connection.abort()
-        self.send(None)
+        wanted = {key: modseq for key, modseq in news.items() if key in self.types}
+        waiting = self.outbox.queue[-1] if self.outbox.qsize() else None
+        if isinstance(waiting, dict) and self.options.coalesce:
+            waiting |= wanted
+        elif wanted:
+            self.outbox.put(wanted)
 
     def run(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
         self.account.listeners.append(self.push)
         self.server.streams.append(self)
         self.server.streams.opened += 1
-        watcher = gevent.spawn(self._watch)
+        # A client that goes ends its stream even when there is nothing to send.
+        watcher = gevent.spawn(connection.wait_for_end)
+        watcher.link(lambda _: self.outbox.put(None))
         try:
             self._talk()
         finally:
@@ -1237,64 +1076,36 @@ class Stream:
             self.server.streams.remove(self)
             watcher.kill(block=False)
 
-    def _watch(self) -> None:
-        """A client that goes ends its stream even when there is nothing to send."""
-        with suppress(OSError):
-            self._connection.wait_for_end()
-        self.send(None)
-
     def _talk(self) -> None:
         options, life = self.options, self.options.closes_streams_after
         if options.connect_event or life is not None:
             present = {key: self.account.histories[key].modseq for key in sorted(self.types)}
-            self._send_state(present, "connect")
+            self._send(self._event(present))
         end = time.monotonic() + (options.stream_life or FOREVER if life is None else life)
-        while self._send_next(end):
-            pass
+        while (item := self._next(end)) is not None:
+            if isinstance(item, bytes) or not self.hung:
+                self._send(self._event(item) if isinstance(item, dict) else item)
         if options.chunked:
-            self._connection.sock.sendall(b"0\r\n\r\n")
+            self.connection.sock.sendall(b"0\r\n\r\n")
 
-    def _send_next(self, end: float) -> bool:
-        """Sends what comes next, if only a ping; False at the end of the stream."""
-        pace = self.options.ping_pace or self.interval
-        pause = pace if self.options.pings and self.interval else FOREVER
+    def _next(self, end: float) -> dict[str, int] | bytes | None:
+        """What comes next, no news for a ping; None at the end of the stream."""
+        pace = (self.options.pings and (self.options.ping_pace or self.interval)) or FOREVER
         try:
-            item = self._outbox.get(timeout=max(0, min(pause, end - time.monotonic())))
+            return self.outbox.get(timeout=max(0, min(pace, end - time.monotonic())))
         except Empty:
-            if time.monotonic() >= end:
-                return False
-            interval = self.interval * self.options.ping_unit
-            self._send_event(f'event: ping\ndata: {{"interval": {interval}}}\n\n')
-            return True
-        if isinstance(item, bytes):
-            self._write(item)
-        elif item is not None:
-            self._send_state(self._coalesced(item), "change")
-        return item is not None
+            return {} if time.monotonic() < end else None
 
-    def _coalesced(self, news: dict[str, int]) -> dict[str, int]:
-        while self.options.coalesce and self._outbox.qsize():
-            if not isinstance(following := self._outbox.peek_nowait(), dict):
-                break
-            news = news | following
-            self._outbox.get_nowait()
-        return news
+    def _event(self, news: dict[str, int]) -> bytes:
+        if not news:
+            return b'event: ping\ndata: {"interval": %d}\n\n' % self.interval
+        changed = {self.account.id: {key: f"J{modseq}" for key, modseq in news.items()}}
+        told = json.dumps({"@type": "StateChange", "changed": changed})
+        return f"event: state\ndata: {told}\n\n".encode()
 
-    def _send_state(self, news: dict[str, int], occasion: str) -> None:
-        states = {key: f"J{modseq}" for key, modseq in news.items()}
-        told: JSON = {"changed": {self.account.id: states}}
-        has_occasions = self.options.connect_event or occasion == "connect"
-        manner = {"type": occasion} if has_occasions else {"@type": "StateChange"}
-        event_id = f"id: {max(news.values(), default=0)}\n" if self.options.event_ids else ""
-        self._send_event(f"{event_id}event: state\ndata: {json.dumps(manner | told)}\n\n")
-
-    def _send_event(self, event: str) -> None:
-        if not self.hung:
-            self._write(event.encode())
-
-    def _write(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         framed = b"%x\r\n%s\r\n" % (len(data), data) if self.options.chunked else data
-        self._connection.sock.sendall(framed)
+        self.connection.sock.sendall(framed)
 
 
 class Streams(list[Stream]):
@@ -1303,12 +1114,11 @@ class Streams(list[Stream]):
     opened = 0  # how many there ever were
 
     def drop(self) -> None:
-        """Ends them with a reset."""
-        for stream in list(self):
-            stream.drop()
+        for stream in self:
+            stream.connection.abort()
+        self.close()
 
     def close(self) -> None:
-        """Ends them cleanly."""
         self.send_raw(None)
 
     def hang(self) -> None:
@@ -1318,13 +1128,10 @@ class Streams(list[Stream]):
 
     def send_raw(self, data: bytes | None) -> None:
         for stream in self:
-            stream.send(data)
+            stream.outbox.put(data)
 
 
-# ------------------------------------------------------------------------------------ the server
-
-
-class JMAPServer:
+class JMAPServer(AbstractContextManager["JMAPServer"]):
     """One account behind a socket on loopback; listens from the start until `stop`."""
 
     def __init__(
@@ -1336,7 +1143,7 @@ class JMAPServer:
     ) -> None:
         self.options = options or Options()
         self.account = account or Account(id_is_uid=self.options.id_is_uid)
-        self.kinds = {kind.name: kind(self.account, self.options) for kind in KINDS}
+        self.kinds: JSON = {kind.name: kind(self.account, self.options) for kind in KINDS}
         self.requests: list[Request] = []
         self.writes: list[Write] = []
         self.faults: list[Fault] = []
@@ -1357,21 +1164,15 @@ class JMAPServer:
         options = options or Options()
         account = Account.for_mailroom(categories, id_is_uid=options.id_is_uid)
         for group in [*account.groups] if options.groups_in_use else []:
-            account.put_card({**account.cards[group], "members": {BYSTANDER: True}})
+            account.change_card(group, members={BYSTANDER: True})
         return cls(options, account, **more)
-
-    def __enter__(self) -> JMAPServer:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # Going away and coming back
-
     def resume(self) -> None:
         """Listens, on the same port as before."""
-        address = ("127.0.0.1", self.port)
-        self._listener = StreamServer(address, self._serve, spawn=self._clients)
+        self._listener = StreamServer(("127.0.0.1", self.port), self._serve, spawn=self._clients)
         self._listener.start()
         self.port = int(self._listener.server_port or 0)
 
@@ -1388,8 +1189,6 @@ class JMAPServer:
         self.pause()
         self.resume()
 
-    # What tests ask
-
     @property
     def origin(self) -> str:
         return f"{'https' if self._ssl_context else 'http'}://127.0.0.1:{self.port}"
@@ -1399,15 +1198,12 @@ class JMAPServer:
         return self.origin + SESSION_PATH
 
     def calls(self, method: str) -> list[JSON]:
-        """Arguments of all calls of a method so far."""
         return [args for one in self.requests for name, args in one.calls if name == method]
 
     def count(self, what: str) -> int:
-        """Requests so far of this kind, or with this method."""
         return sum(request.matches(what) for request in self.requests)
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 5) -> None:
-        """Lets everything else run until the condition holds."""
         with gevent.Timeout(seconds, AssertionError(f"waited {seconds} s for {condition}")):
             while not condition():
                 gevent.sleep(0.002)
@@ -1415,24 +1211,20 @@ class JMAPServer:
     def limit(self, name: str) -> int:
         return self.options.limits.get(name, LIMITS[name])
 
-    # Session
-
     def capabilities(self) -> JSON:
         options = self.options
-        core = LIMITS | options.limits | {"collationAlgorithms": ["i;ascii-casemap"]}
         offered = {MAIL: options.has_mail, SUBMISSION: options.has_submission}
         offered[CONTACTS] = options.has_contacts
-        return {CORE: core} | {name: {} for name, is_offered in offered.items() if is_offered}
+        others: JSON = {name: {} for name, is_offered in offered.items() if is_offered}
+        return {CORE: LIMITS | options.limits} | others
 
     def session(self) -> JSON:
-        """RFC 8620 section 2."""
         options, capabilities = self.options, self.capabilities()
         account = {
             "name": options.username,
             "isPersonal": True,
             "isReadOnly": options.read_only,
-            "accountCapabilities": {name: {} for name in capabilities}
-            | {MAIL: {"maxMailboxesPerEmail": MAX_MAILBOXES}},
+            "accountCapabilities": {name: {} for name in capabilities},
         }
         session = {
             "capabilities": capabilities,
@@ -1452,27 +1244,22 @@ class JMAPServer:
     def _url(self, path: str) -> str:
         return path if self.options.relative_urls else self.origin + path
 
-    # Requests
-
     def _serve(self, sock: socket.socket, _address: object) -> None:
         with suppress(OSError):
             if self._ssl_context:
                 sock = self._ssl_context.wrap_socket(sock, server_side=True)
-            connection = Connection(sock)
-            try:
+            with closing(Connection(sock)) as connection:
                 while self._exchange(connection):
                     pass
-            finally:
-                connection.close()
 
     def _exchange(self, connection: Connection) -> bool:
         """One request and what is to become of it; False when the connection ends."""
-        request = connection.read_request()
-        if request is None:
+        if not (request := connection.read_request()):
             return False
         fault = self._note_request(request)
         gevent.sleep(self.options.latency)
-        works = fault.work or not fault.replaces_work
+        has_reply = fault.status is not None or fault.body is not None
+        works = fault.work or not (fault.hang or fault.drop or has_reply)
         reply = self._work(request, fault) if works else Reply(200)
         if fault.after:
             fault.after()
@@ -1480,7 +1267,7 @@ class JMAPServer:
         if fault.hang or fault.drop:
             (connection.wait_for_end if fault.hang else connection.abort)()
             return False
-        if fault.replaces_work:
+        if has_reply:
             reply = Reply(fault.status or 200, fault.body or b"")
         reply.headers |= fault.headers
         request.status = reply.status
@@ -1514,8 +1301,6 @@ class JMAPServer:
 
     def _route(self, request: Request, fault: Fault) -> Reply:
         kind = request.kind
-        if kind == "well-known":
-            return Reply(302, headers={"Location": self._url(SESSION_PATH)})
         if not self._is_authorized(request):
             return Reply(401, headers={"WWW-Authenticate": 'Bearer realm="jmap"'})
         is_json = request.headers.get("content-type", "").partition(";")[0] == "application/json"
@@ -1531,10 +1316,9 @@ class JMAPServer:
         return Reply.of_json(fault.edit(answer) if fault.edit else answer)
 
     def _is_authorized(self, request: Request) -> bool:
-        pair = f"{self.options.username}:{self.options.token}"
-        basic = base64.b64encode(pair.encode()).decode()
-        accepted = (f"Bearer {self.options.token}", f"Basic {basic}")
-        return request.headers.get("authorization") in accepted
+        username, token = self.options.username, self.options.token
+        basic = base64.b64encode(f"{username}:{token}".encode()).decode()
+        return request.headers.get("authorization") in (f"Bearer {token}", f"Basic {basic}")
 
     def _api(self, request: Request, fault: Fault) -> JSON:
         used = {"maxSizeRequest": request.size, "maxConcurrentRequests": self._busy}
@@ -1542,11 +1326,10 @@ class JMAPServer:
             if number > self.limit(name):
                 raise ProblemError("limit", limit=name)
         if request.json is None:
-            raise ProblemError("notJSON", "the body is no JSON")
+            raise ProblemError("notJSON")
         return Run(self, request.json, fault).answer()
 
     def _upload(self, request: Request) -> Reply:
-        """RFC 8620 section 6.1."""
         blob_id = f"G{len(self.account.blobs)}"
         self.account.blobs[blob_id] = request.body
         told: JSON = {"accountId": self.account.id, "blobId": blob_id, "size": request.size}
@@ -1555,9 +1338,6 @@ class JMAPServer:
     def _event_source(self, request: Request) -> Reply:
         if self.options.push != 200:
             return Reply(self.options.push or 404)
-        accepted = request.headers.get("accept", "*/*")
-        if "text/event-stream" not in accepted and "*/*" not in accepted:
-            return Reply(406)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         headers |= {"Transfer-Encoding": "chunked"} if self.options.chunked else {}
         return Reply(200, headers=headers, takes_over=Stream(self, request).run)

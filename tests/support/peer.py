@@ -52,18 +52,13 @@ class Peer:
 
 
 def until_gone(sock: socket.socket) -> None:
-    """Waits for the client to go."""
     while sock.recv(65536):
         pass
 
 
 def refusal(status: int, **headers: object) -> bytes:
-    """A whole answer without a body."""
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     return f"HTTP/1.1 {status} No\r\n{lines}Content-Length: 0\r\n\r\n".encode()
-
-
-# Ways to talk
 
 
 def at_once(*pieces: bytes) -> Talk:
