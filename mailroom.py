@@ -75,12 +75,12 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from functools import cache, partial
 from ipaddress import ip_address
-from typing import Any, NamedTuple, Protocol, TypeVar
+from itertools import combinations
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote, quote_plus, urljoin, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-import gevent
 import gevent.event
 import gevent.pool
 import gevent.pywsgi
@@ -149,11 +149,9 @@ HOW_TO_SIGN_IN = (
     "an API token, one word without `Bearer` before it (at Fastmail: Settings - Privacy & Security "
     "- Manage API tokens, scopes Email and Contacts), or a file's path in MAILROOM_JMAP_TOKEN_FILE"
 )
-DEFAULT_CATEGORIES = json.loads("""
-    [{"name": "Imbox", "add_to_inbox": true}, "Feed", "Paper Trail", "Jail",
-     {"name": "Person", "parent": "Imbox", "contact_type": "person"},
-     {"name": "Billboard", "parent": "Paper Trail"}, {"name": "Truck", "parent": "Paper Trail"}]
-""")
+DEFAULT_CATEGORIES = [{"name": "Imbox", "add_to_inbox": True}, "Feed", "Paper Trail", "Jail"]
+DEFAULT_CATEGORIES += [{"name": "Person", "parent": "Imbox", "contact_type": "person"}]
+DEFAULT_CATEGORIES += [{"name": name, "parent": "Paper Trail"} for name in ("Billboard", "Truck")]
 MAX_SHOWN = 500
 
 
@@ -179,30 +177,31 @@ def is_safe_url(url: Any) -> bool:
 
 
 class Rule(NamedTuple):
-    """What a setting, or a key of a category, has to be. `parser`: the method of environs."""
+    """What a setting, or a key of a category, has to be."""
 
-    parser: str
     is_valid: Callable[[Any], object]
     expected: str
 
 
-TEXT = Rule("str", lambda value: isinstance(value, str) and value.isprintable(), "one line of text")
-NAME = Rule("str", lambda value: TEXT.is_valid(value) and value.strip(), "a name, on one line")
-FLAG = Rule("bool", lambda value: isinstance(value, bool), "true or false")
-URL = Rule("str", is_safe_url, SAFE_URL)
-TOKEN = Rule("str", lambda value: re.fullmatch("[!-~]+", value), HOW_TO_SIGN_IN)
-PASSWORD = Rule("str", TEXT.is_valid, "the password of the user, on one line, or a file with it")
-POLL = Rule("float", lambda value: 0.01 <= value <= 86400, "seconds, 0.01 to 86400")
-DEBOUNCE = Rule("float", lambda value: 0 <= value <= 600, "seconds, 0 to 600")
-PORT = Rule("int", lambda value: 0 <= value <= 65535, "a port, or 0 for none")
-LEVELS = ("debug", "info", "warning", "error")
-LEVEL = Rule("str", LEVELS.__contains__, "debug, info, warning or error")
-FORMAT = Rule("str", ("json", "text").__contains__, "json or text")
-LIST = Rule("json", lambda value: isinstance(value, list) and value, "a JSON list of categories")
-KIND = Rule("str", ("company", "person").__contains__, "company or person")
+def one_of(*words: str) -> Rule:
+    return Rule(words.__contains__, f"{', '.join(words[:-1])} or {words[-1]}")
+
+
+def between(low: float, high: float, unit: str) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"{unit}, {low} to {high}")
+
+
+TEXT = Rule(lambda value: isinstance(value, str) and value.isprintable(), "one line of text")
+NAME = Rule(lambda value: TEXT.is_valid(value) and value.strip(), "a name, on one line")
+FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+URL = Rule(is_safe_url, SAFE_URL)
+TOKEN = Rule(re.compile("[!-~]+").fullmatch, HOW_TO_SIGN_IN)
+PASSWORD = Rule(NAME.is_valid, "the password of the user, on one line, or a file with it")
+LIST = Rule(lambda value: isinstance(value, list) and value, "a JSON list of categories")
 CATEGORY_KEYS = {"name": NAME, "label": NAME, "contact_group": NAME, "destination_mailbox": NAME}
-CATEGORY_KEYS |= {"parent": TEXT, "contact_type": KIND, "add_to_inbox": FLAG, "mark_read": FLAG}
-UNKNOWN_KEY = Rule("", lambda _: False, f"one of the keys {', '.join(CATEGORY_KEYS)}")
+CATEGORY_KEYS |= {"parent": TEXT, "contact_type": one_of("company", "person")}
+CATEGORY_KEYS |= {"add_to_inbox": FLAG, "mark_read": FLAG}
+UNKNOWN_KEY = Rule(lambda _: False, f"one of the keys {', '.join(CATEGORY_KEYS)}")
 
 
 @dataclass(frozen=True)
@@ -221,22 +220,6 @@ class Category:
     undoes: bool = False
 
 
-def parse_categories(entries: Iterable[Any]) -> tuple[tuple[Category, ...], list[str]]:
-    """Return the categories of a list of names and objects, and a line for each that is bad."""
-    found, problems = [], []
-    for entry in entries:
-        given: JSON = {"name": None, **entry} if isinstance(entry, dict) else {"name": entry}
-        rules = {key: CATEGORY_KEYS.get(key, UNKNOWN_KEY) for key in given}
-        bad = [key for key, rule in rules.items() if not rule.is_valid(given[key])]
-        problems += [f"{CATEGORIES}: {entry!r}: {k}: expected {rules[k].expected}" for k in bad]
-        if not bad:
-            given = {key: plain_name(v) if isinstance(v, str) else v for key, v in given.items()}
-            name, label = given["name"], "@To" + "".join(given["name"].split())
-            names = {"label": label, "contact_group": name, "destination_mailbox": name}
-            found.append(Category(**{**names, **given}))
-    return tuple(found), problems
-
-
 def ancestors(category: Category, categories: Iterable[Category]) -> list[Category]:
     """Return the parents of a category, nearest first; a sender belongs to all of them."""
     by_name = {each.name: each for each in categories}
@@ -253,30 +236,45 @@ class SettingsReader(FileAwareEnv):
     def __init__(self, keywords: Mapping[str, Any]) -> None:
         super().__init__(prefix=PREFIX)
         self.problems: list[str] = []
-        self._keywords = {PREFIX + name.upper(): value for name, value in keywords.items()}
+        self._args = {PREFIX + name.upper(): value for name, value in keywords.items()}
 
     def _get_value(self, env_key: str, default: Any) -> Any:
         self._given: Any = ""  # kept for a complaint
-        is_keyword = env_key in self._keywords
-        value = self._keywords[env_key] if is_keyword else super()._get_value(env_key, "")
+        value = self._args[env_key] if env_key in self._args else super()._get_value(env_key, "")
         self._given = value.strip(BLANKS) if isinstance(value, str) else value
         return default if self._given == "" else self._given
 
-    def read(self, name: str, default: Any, rule: Rule) -> Any:
-        """Return a setting, or else the default (`...`: it is required)."""
+    def read(self, name: str, default: T, rule: Rule) -> T:
+        """Return a setting, of the type of its default (a list is JSON), or else the default; where
+        a setting is required the rule refuses that."""
+        kind = "json" if isinstance(default, list) else type(default).__name__
         try:
-            value = getattr(self, rule.parser)(name.upper(), default)
+            value: Any = getattr(self, kind)(name.upper(), default)
             if not rule.is_valid(value) or QUOTED.fullmatch(str(value)):
                 raise ValueError
         except (ValueError, OSError, RecursionError) as error:
             self.problems.append(self._complaint(name, rule, error))
             return default
-        return plain_name(value) if rule is NAME else value
+        return cast("T", plain_name(value) if rule is NAME else value)
+
+    def read_categories(self) -> Iterator[Category]:
+        """Yield the categories of a list of names and objects."""
+        for entry in self.read("triage_categories", DEFAULT_CATEGORIES, LIST):
+            given: JSON = {"name": None, **entry} if isinstance(entry, dict) else {"name": entry}
+            rules = {key: CATEGORY_KEYS.get(key, UNKNOWN_KEY) for key in given}
+            wrong = {key: rule for key, rule in rules.items() if not rule.is_valid(given[key])}
+            for key, rule in wrong.items():
+                self.problems.append(f"{CATEGORIES}: {entry!r}: {key}: expected {rule.expected}")
+            if not wrong:
+                given = {k: plain_name(v) if isinstance(v, str) else v for k, v in given.items()}
+                name, label = given["name"], "@To" + "".join(given["name"].split())
+                names = {"label": label, "contact_group": name, "destination_mailbox": name}
+                yield Category(**{**names, **given})
 
     def _complaint(self, name: str, rule: Rule, error: BaseException) -> str:
         """Return the variable, its value (never a secret's), the reason, and what is expected."""
         variable, value = PREFIX + name.upper(), str(self._given)
-        path = "" if variable in self._keywords else os.environ.get(f"{variable}_FILE", "")
+        path = "" if variable in self._args else os.environ.get(f"{variable}_FILE", "")
         # A URL may have a user's name and password in it.
         is_secret = name in SECRETS or (rule is URL and "@" in value)
         shown = f"={self._given!r}" if value and not is_secret else ""
@@ -302,69 +300,62 @@ class MailroomSettings:
     def __init__(self, **keywords: Any) -> None:
         reader = SettingsReader(keywords)
         read = reader.read
-        self.jmap_username: str = read("jmap_username", "", TEXT)
-        self.jmap_token: str = read("jmap_token", ..., PASSWORD if self.jmap_username else TOKEN)
-        self.jmap_url: str = read("jmap_url", "https://api.fastmail.com/jmap/session", URL)
-        self.carddav_username: str = read("carddav_username", "", TEXT)
-        needed = ... if self.carddav_username else ""
-        self.carddav_password: str = read("carddav_password", needed, PASSWORD)
-        self.carddav_url: str = read("carddav_url", "https://carddav.fastmail.com", URL)
-        self.poll_interval: float = read("poll_interval", 60, POLL)
-        self.debounce_seconds: float = read("debounce_seconds", 3, DEBOUNCE)
-        self.log_level: str = read("log_level", "info", LEVEL)
-        self.log_format: str = read("log_format", "text" if sys.stderr.isatty() else "json", FORMAT)
-        self.screener_mailbox: str = read("screener_mailbox", "Screener", NAME)
-        self.label_mailroom_error: str = read("label_mailroom_error", "@MailroomError", NAME)
-        self.label_mailroom_warning: str = read("label_mailroom_warning", "@MailroomWarning", NAME)
-        self.label_undo: str = read("label_undo", "@ToScreener", NAME)
-        self.warnings_enabled: bool = read("warnings_enabled", True, FLAG)
-        self.provenance_group: str = read("provenance_group", "Mailroom", NAME)
-        self.screen_inbox: bool = read("screen_inbox", False, FLAG)
-        entries = read("triage_categories", DEFAULT_CATEGORIES, LIST)
-        self.triage_categories, wrong = parse_categories(entries)
-        self.health_host: str = read("health_host", "127.0.0.1", TEXT)
-        self.health_port: int = read("health_port", 8080, PORT)
+        self.jmap_username = read("jmap_username", "", TEXT)
+        self.jmap_token = read("jmap_token", "", PASSWORD if self.jmap_username else TOKEN)
+        self.jmap_url = read("jmap_url", "https://api.fastmail.com/jmap/session", URL)
+        self.carddav_username = read("carddav_username", "", TEXT)
+        password = PASSWORD if self.carddav_username else TEXT
+        self.carddav_password = read("carddav_password", "", password)
+        self.carddav_url = read("carddav_url", "https://carddav.fastmail.com", URL)
+        self.poll_interval = read("poll_interval", 60.0, between(0.01, 86400, "seconds"))
+        self.debounce_seconds = read("debounce_seconds", 3.0, between(0, 600, "seconds"))
+        self.log_level = read("log_level", "info", one_of("debug", "info", "warning", "error"))
+        log_format = "text" if sys.stderr.isatty() else "json"
+        self.log_format = read("log_format", log_format, one_of("json", "text"))
+        self.screener_mailbox = read("screener_mailbox", "Screener", NAME)
+        self.label_mailroom_error = read("label_mailroom_error", "@MailroomError", NAME)
+        self.label_mailroom_warning = read("label_mailroom_warning", "@MailroomWarning", NAME)
+        self.label_undo = read("label_undo", "@ToScreener", NAME)
+        self.warnings_enabled = read("warnings_enabled", True, FLAG)
+        self.provenance_group = read("provenance_group", "Mailroom", NAME)
+        self.screen_inbox = read("screen_inbox", False, FLAG)
+        self.triage_categories = tuple(reader.read_categories())
+        self.health_host = read("health_host", "127.0.0.1", TEXT)
+        self.health_port = read("health_port", 8080, between(0, 65535, "a port (0: none)"))
         if unknown := keywords.keys() - vars(self).keys():
             raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-        if problems := [*reader.problems, *wrong, *self._conflicts()]:
+        known = [PREFIX + name.upper() + end for name in vars(self) for end in ("", "_FILE")]
+        odd = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+        near = (difflib.get_close_matches(name, known, 1, 0)[0] for name in odd)
+        # No error, since Kubernetes sets some.
+        self.warnings = list(map("{} is not a setting; the nearest is {}".format, odd, near))
+        # What the undo label asks for: no group, and the Screener.
+        self.undo = Category("", self.label_undo, "", self.screener_mailbox, undoes=True)
+        if problems := [*reader.problems, *self._conflicts()]:
             raise ConfigurationError(*problems, *self.warnings)
 
     def _conflicts(self) -> Iterator[str]:
         """Yield a line for each thing wrong between settings that are good by themselves."""
         categories = self.triage_categories
-        names = [(PREFIX + k.upper(), v) for k, v in vars(self).items() if k.startswith(NAMES)]
+        names = [('the Inbox, for which there is "add_to_inbox"', "Inbox")]
+        names += [(PREFIX + k.upper(), v) for k, v in vars(self).items() if k.startswith(NAMES)]
         names += [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
-        taken = {"inbox": 'the Inbox, for which there is "add_to_inbox"'}
-        shared = [(f"{CATEGORIES}: {each.name}", each.destination_mailbox) for each in categories]
-        shared += [(f"{CATEGORIES}: {each.name}", each.contact_group) for each in categories]
-        for what, name in dict.fromkeys([*names, *shared]):
-            if name.casefold() in taken:
-                yield f"{what}: the name {name!r} is taken by {taken[name.casefold()]}"
-            elif (what, name) in names:
-                taken[name.casefold()] = what
-        by_group = dict[str, Category]()
-        for n, each in enumerate(categories):
-            where, line = f"{CATEGORIES}: {each.name}", [each, *ancestors(each, categories)]
-            if parent := line[-1].parent:
+        owners = {name.casefold(): what for what, name in reversed(names)}
+        for each in categories:  # These may share a name, but not with one of the former.
+            where = f"{CATEGORIES}: {each.name}"
+            names += [(where, each.destination_mailbox), (where, each.contact_group)]
+            if parent := [each, *ancestors(each, categories)][-1].parent:
                 yield f"{where}: there is no parent {parent}, or it is its own ancestor"
-            if any(each.name == other.name for other in categories[:n]):
-                yield f"{where}: the name comes twice"
-            other = by_group.setdefault(each.contact_group.casefold(), each)
-            if other not in line and each not in ancestors(other, categories):
-                yield f"{where}: it shares the group {each.contact_group} with {other.name}"
-
-    @property
-    def warnings(self) -> list[str]:
-        """A line for each variable that is no setting: no error, since Kubernetes sets some."""
-        known = [PREFIX + name.upper() + end for name in vars(self) for end in ("", "_FILE")]
-        odd = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-        near = (difflib.get_close_matches(name, known, 1, 0)[0] for name in odd)
-        return list(map("{} is not a setting; the nearest is {}".format, odd, near))
-
-    @property
-    def undo(self) -> Category:
-        """What the undo label asks for: no group, and the Screener."""
-        return Category("", self.label_undo, "", self.screener_mailbox, undoes=True)
+        for what, name in dict.fromkeys(names):
+            owner = owners.get(name.casefold(), what)
+            if owner != what:
+                yield f"{what}: the name {name!r} is taken by {owner}"
+        for one, other in combinations(categories, 2):
+            are_kin = one in ancestors(other, categories) or other in ancestors(one, categories)
+            if one.name == other.name:
+                yield f"{CATEGORIES}: {one.name}: the name comes twice"
+            elif one.contact_group.casefold() == other.contact_group.casefold() and not are_kin:
+                yield f"{CATEGORIES}: {other.name}: it shares the group of {one.name}"
 
     def redact(self, text: str, most: int = 0) -> str:
         """Return the text with every secret blotted out, and only then cut to so many characters.
@@ -418,13 +409,12 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         redact, level = self._settings.redact, record.levelname.lower()
-        values = {"event": record.getMessage(), **getattr(record, "fields", {})}
+        event, values = redact(record.getMessage(), MAX_SHOWN), getattr(record, "fields", {})
         values = {k: redact(v, MAX_SHOWN) if isinstance(v, str) else v for k, v in values.items()}
         trace = redact(self.formatException(record.exc_info)) if record.exc_info else ""
         if self._settings.log_format == "json":
             values |= {"traceback": trace} if trace else {}
-            return json.dumps({"time": now_iso(), "level": level, **values})
-        event = values.pop("event")
+            return json.dumps({"time": now_iso(), "level": level, "event": event, **values})
         pairs = (f"{key}={json.dumps(each, ensure_ascii=False)}" for key, each in values.items())
         line = f"{datetime.now():%H:%M:%S} {level:7} {event}  {' '.join(pairs)}".rstrip()
         # A line of a traceback is no line of the log, whoever wrote it.
@@ -537,9 +527,10 @@ class Email:
         stays = self.mailboxes.union(add) - {"", *remove}
         if not stays or stays == self.mailboxes:
             return {}
-        named = stays.intersection(add) or {min(stays)}
-        patch: Patch = dict.fromkeys(named, True) | dict.fromkeys(self.mailboxes - stays)
-        return {f"mailboxIds/{box}": patch[box] for box in sorted(patch)}
+        patch: Patch = {f"mailboxIds/{box}": None for box in self.mailboxes - stays}
+        return patch | {
+            f"mailboxIds/{box}": True for box in stays.intersection(add) or [min(stays)]
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -620,17 +611,16 @@ class Account:
     """What the account has of what the settings name; ids are empty for what is not there.
     `groups`: those in Mailroom's address book, by name; `labels`: {id: its category}, that of undo
     among them; `destinations`: {category's name: id}; `outgoing`: the mailboxes with the role sent
-    or drafts; `group_names`, `own_names`: of the categories' groups, of all of Mailroom's;
-    `missing`: {need: a near name, or empty}."""
+    or drafts; `own_names`: of the groups that are Mailroom's; `missing`: {need: a near name, or
+    empty}."""
 
     def __init__(self, settings: MailroomSettings, boxes: list[Mailbox], cards: list[Card]) -> None:
         self.settings, self.mailboxes, self.cards = settings, boxes, cards
         self.categories = settings.triage_categories
-        # Of several with one name the first; a path goes before a name further down.
+        # Of several with one name the first.
         self._groups = sorted((card for card in cards if card.group_name), key=lambda c: c.uid)
         self.groups = {group.name: group for group in reversed(self._groups)}
-        ids = {each.name: each.id for each in reversed(boxes)}
-        ids |= {each.path: each.id for each in reversed(boxes)}
+        ids = {name: each.id for each in reversed(boxes) for name in (each.name, each.path)}
         self.inbox = next((each.id for each in boxes if each.role == "inbox"), "")
         self.outgoing = {each.id for each in boxes if each.role in ("sent", "drafts")}
         self.screener = ids.get(settings.screener_mailbox, "")
@@ -643,8 +633,7 @@ class Account:
         self.managed = frozenset({self.screener, *self.destinations.values()})
         self.queue = frozenset({*self.labels, self.error}) - {""}
         self.marks = frozenset({*self.queue, self.warning}) - {""}
-        self.group_names = {each.contact_group for each in self.categories}
-        self.own_names = self.group_names | {settings.provenance_group}
+        self.own_names = {*(c.contact_group for c in self.categories), settings.provenance_group}
         self.missing: dict[Need, str] = {}
         for kind, name in needs_of(settings):
             names: Iterable[str] = self.groups if kind == "contact group" else ids
@@ -682,21 +671,19 @@ class Account:
         gone = {*labels, *destinations}
         if email.mailboxes & destinations and any(each.add_to_inbox for each in self.categories):
             gone.add(self.inbox)
-        is_homeless = email.mailboxes <= gone | self.marks
-        return email.patch([self.screener] if is_homeless else [], gone)
+        return email.patch([self.screener] if email.mailboxes <= gone | self.marks else [], gone)
 
     def resolve_labels(self, emails: list[Email], own: Set[str]) -> tuple[dict[str, str], Reasons]:
         """Return what some messages ask for: {sender: its label}, and {sender: why it cannot be
         done}. `own`: the user's addresses, `*@domain` for all of a domain."""
         asked: dict[str, set[str]] = defaultdict(set)
         for email in emails:
-            labels = email.mailboxes & self.labels.keys()
-            if labels and not email.mailboxes & self.outgoing:
-                asked[email.sender] |= labels
+            if not email.mailboxes & self.outgoing:
+                asked[email.sender] |= email.mailboxes & self.labels.keys()
         wrong = {who: f"several labels for {who}" for who in asked if len(asked[who]) > 1}
         wrong |= {who: IS_THE_USER for who in asked if is_own(who, own)}
         wrong |= {who: "it has no sender" for who in asked if not who}
-        return {who: min(asked[who]) for who in asked if who not in wrong}, wrong
+        return {who: min(asked[who]) for who in asked if asked[who] and who not in wrong}, wrong
 
     def contacts_of(self, address: str) -> list[Card]:
         """Return the contacts with this address: those in a group of Mailroom's before others, then
@@ -712,15 +699,16 @@ class Account:
             if members and group.name in self.own_names:
                 yield CardChange(group, name=group.name, remove=members)
 
-    def known_as(self, address: str) -> list[Category]:
+    def known_as(self, address: str, emails: Iterable[Email]) -> list[Category]:
         """Return the categories in whose groups the contacts with this address are, a parent's left
-        to its child; a stranger's is that of undo."""
+        to its child; a stranger's is that of undo, for messages in the Inbox."""
         contacts = self.contacts_of(address)
         groups = {change.name for change in self.leaves(contacts)}
         held = [each for each in self.categories if each.contact_group in groups]
+        if not contacts and any(self.inbox in email.mailboxes for email in emails):
+            held = [self.settings.undo]
         above = {parent.name for each in held for parent in ancestors(each, self.categories)}
-        known = [each for each in held if each.name not in above]
-        return known if contacts else [self.settings.undo]
+        return [each for each in held if each.name not in above]
 
     def deletions(self, contacts: Iterable[Card], cards: Iterable[Card]) -> CardChanges:
         """Return the changes that delete untouched contacts that are in no group of the user's."""
@@ -789,16 +777,6 @@ class SenderPlan:
         boxes, screener = self.account.destinations, self.account.screener
         return {boxes.get(each.name, screener) for each in self.account.family(self.category)}
 
-    @property
-    def misplaced(self) -> frozenset[str]:
-        """The ids of the mailboxes in which no message of the sender should be."""
-        return self.account.managed - self.destinations
-
-    @property
-    def is_due(self) -> bool:
-        """Whether there still is a tap, or something to file without one."""
-        return bool(self.tapped if self.label else any(map(self.refile, self.emails)))
-
     def refile(self, email: Email) -> Patch:
         """Return the patch that files a message. One that is neither labelled nor in a managed
         mailbox (in Trash, Junk or a folder of the user's, say) stays where it is."""
@@ -813,7 +791,7 @@ class SenderPlan:
             add.add(account.inbox)
         if has_label and self.warning:
             add.add(account.warning)
-        patch = email.patch(add, self.misplaced | gone)
+        patch = email.patch(add, account.managed - add | gone)
         return patch | {"keywords/$seen": True} if patch and self.category.mark_read else patch
 
     def finish(self, email: Email) -> Patch:
@@ -835,19 +813,18 @@ class SenderPlan:
         new = Card("", own_uid(f"mailto:{self.sender}", account.cards), is_untouched=True)
         contact = next(iter(contacts), new)
         held = list(account.leaves(contacts or [new]))
+        own_group = account.settings.provenance_group
         names = {each.contact_group for each in account.family(self.category)}
-        leaving = account.own_names if undoes else account.group_names - names
-        leaves = {change.key: change for change in held if change.name in leaving}
+        keeps = set() if undoes else {*names, own_group}
+        leaves = {change.key: change for change in held if change.name not in keeps}
         if undoes:
             leaves |= account.deletions(contacts, account.cards)
             return replace(self, contact=contact, leaves=leaves)
-        names |= {account.settings.provenance_group} if contact.is_untouched else set()
+        names |= {own_group} if contact.is_untouched else set()
         names = (names & account.groups.keys()) - {change.name for change in held}
-        joins, uids = (
-            [] if contacts else [self._new_contact(new.uid, today)],
-            frozenset([contact.uid]),
-        )
-        joins += [CardChange(account.groups[n], name=n, add=uids) for n in sorted(names)]
+        uids = frozenset([contact.uid])
+        joins = [CardChange(account.groups[n], name=n, add=uids) for n in sorted(names)]
+        joins += [] if contacts else [self._new_contact(new.uid, today)]
         given = {change.key: change for change in joins}
         plan = replace(self, contact=contact, joins=given, leaves=leaves)
         return replace(plan, warning=plan._reason_to_warn())
@@ -882,10 +859,9 @@ class SenderPlan:
 
 def with_conflicts(plans: Sequence[SenderPlan]) -> list[SenderPlan]:
     """Return the plans, with an error for those that ask for one contact in several ways."""
-    asked = {(plan.contact.uid, plan.label) for plan in plans}
-    count = Counter(uid for uid, _ in asked)
+    count = Counter(uid for uid, _ in {(p.contact.uid, p.label) for p in plans if p.contact.uid})
     error = "several labels for the addresses of one contact"
-    return [replace(p, error=p.error or error) if count[p.contact.uid] > 1 else p for p in plans]
+    return [replace(p, error=error) if count[p.contact.uid] > 1 else p for p in plans]
 
 
 # HTTP: who is sent the credentials, how long and how large a reply may be #########################
@@ -953,12 +929,17 @@ def understood(what: str, hint: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def unbroken(url: str) -> Iterator[None]:
-    """While a body is read: a connection that breaks is a ServerError."""
+def unbroken(url: str, trouble: str = ": connection lost") -> Iterator[None]:
+    """While there is a connection: one that breaks is a ServerError, one that nobody could make a
+    ConfigurationError."""
     try:
         yield
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, TypeError):
+        # What the error says may hold the proxy's password.
+        reason = f"{url}, or the proxy in HTTPS_PROXY, is not a valid URL"
+        raise ConfigurationError(reason) from None
     except BROKEN as error:
-        raise ServerError(f"{url}: connection lost: {network_reason(error)}") from None
+        raise ServerError(f"{url}{trouble}: {network_reason(error)}") from None
 
 
 class HTTPClient:
@@ -982,47 +963,36 @@ class HTTPClient:
                 raise ConfigurationError(f"{url} is not {SAFE_URL}: the credentials stay here")
             # Plain http goes to this machine only, which is nothing for a proxy to see.
             self._session.trust_env = url.startswith("https:")
-            try:
+            with unbroken(url, " cannot be reached"):
                 response = self._session.request(method, url, allow_redirects=False, **named)
-            except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, TypeError):
-                # What the error says may hold the proxy's password.
-                reason = f"{url}, or the proxy in HTTPS_PROXY, is not a valid URL"
-                raise ConfigurationError(reason) from None
-            except BROKEN as error:
-                raise ServerError(f"{url} cannot be reached: {network_reason(error)}") from None
-            if not response.is_redirect:
+            if not (response.next and response.next.url):
                 if response.status_code in accept:
                     return response
                 raise self._refusal(response)
-            response.close()
-            source = url
-            with understood(source):
-                url = urljoin(source, response.headers["Location"])
-                # A server behind a TLS proxy may say http where it means https.
-                url = re.sub("^http:", f"{urlsplit(source).scheme}:", url)
-                if self._session.should_strip_auth(source, url):  # type: ignore[no-untyped-call]
-                    hint = f"if that is right, put it into {self._setting}"
-                    raise ConfigurationError(f"{source} redirects to {url}: {hint}")
+            # A server behind a TLS proxy may say http where it means https.
+            target = re.sub("^http:", f"{urlsplit(url).scheme}:", response.next.url)
+            if self._session.should_strip_auth(url, target):  # type: ignore[no-untyped-call]
+                hint = f"if that is right, put it into {self._setting}"
+                raise ConfigurationError(f"{url} redirects to {target}: {hint}")
+            url = target
         raise ServerError(f"{url}: too many redirects; check {self._setting}", answered=True)
 
     def request(
-        self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Collection[int] = OK
+        self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Statuses = OK
     ) -> tuple[requests.Response, bytes]:
         """Return a response and its whole body. Raises as `open` does."""
         if time.monotonic() - self._used > MAX_REST_SECONDS:
             self._session.close()  # It opens anew by itself.
-        content, late = bytearray(), ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
+        late = ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
+        timeout = CONNECT_TIMEOUT, READ_TIMEOUT
         with gevent.Timeout(MAX_REPLY_SECONDS, late):
-            timeout = CONNECT_TIMEOUT, READ_TIMEOUT
             response = self.open(method, url, accept, headers=headers, data=body, timeout=timeout)
             with response, unbroken(response.url):
-                for chunk in response.raw.stream(decode_content=True):
-                    content += chunk
-                    if len(content) > self._most:
-                        much = f"{url} sent more than {self._most:,} bytes"
-                        raise ServerError(much, answered=True)
+                content = response.raw.read(self._most + 1, decode_content=True)
+        if len(content) > self._most:
+            raise ServerError(f"{url} sent more than {self._most:,} bytes", answered=True)
         self._used = time.monotonic()
-        return response, bytes(content)
+        return response, content
 
     def _refusal(self, response: requests.Response) -> MailroomError:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
@@ -1030,7 +1000,7 @@ class HTTPClient:
         status, headers, body, wait = response.status_code, response.headers, b"", 0.0
         with response, suppress(*BROKEN, *MALFORMED):
             body = response.raw.read(2**16, decode_content=True)
-            wait = urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))
+            wait = min(urllib3.Retry().get_retry_after(response.raw) or 0.0, MAX_RETRY_AFTER)
         said = error_words(headers, body)
         if not wait and status in BUSY:
             is_limit = re.search("limit|too many", said, re.IGNORECASE)
@@ -1040,7 +1010,6 @@ class HTTPClient:
         if not wait and (status == 401 or (status == 403 and not is_page)):
             return CredentialsError(f"{text}: the credentials are refused. {self._remedy}")
         hint = f"; check {self._setting}" if status == 404 else ""
-        wait = min(wait, MAX_RETRY_AFTER)
         return ServerError(text + hint, answered=status not in BUSY, retry_after=wait)
 
 
@@ -1081,6 +1050,21 @@ def outcome(run: Callable[[], object]) -> BaseException | None:
     except BaseException as error:
         return error
     return None
+
+
+def run_until(stop: Any, *tasks: Callable[[], object]) -> None:
+    """Run tasks side by side until `stop` is set or one of them has ended, which ends the others.
+    Raises what it was ended by."""
+    greenlets: list[Any] = [gevent.spawn(outcome, task) for task in tasks]
+    try:
+        # Python misses a signal that comes just before the loop waits, until the next turn.
+        while not (ended := gevent.wait([stop, *greenlets], timeout=1, count=1)):
+            pass
+    finally:
+        # A blocked read ends with its greenlet: closing the response would deadlock.
+        gevent.killall(greenlets, timeout=1)
+    if not stop.is_set() and (fault := ended[0].value):
+        raise fault if isinstance(fault, Exception) else RuntimeError(f"ended by {fault!r}")
 
 
 # JMAP (RFC 8620) ##################################################################################
@@ -1167,11 +1151,10 @@ class JMAPClient:
     def __init__(self, token: str, hostname: str = "api.fastmail.com", username: str = "") -> None:
         url = hostname if "://" in hostname else f"https://{hostname}/jmap/session"
         self.session_url = at_well_known(url, "jmap")
-        self.session_capabilities: JSON = {}
         self.event_source_url: str | None = None
         self.limits, self.stale = DEFAULT_LIMITS, True
         self._http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
-        self._session, self._accounts = JSON(), dict[str, JSON]()
+        self.session_capabilities, self._session, self._accounts = JSON(), JSON(), dict[str, JSON]()
 
     def connect(self) -> None:
         """Fetch the session (RFC 8620 section 2). Raises ServerError, ConfigurationError."""
@@ -1321,8 +1304,7 @@ class JMAPContacts(ContactStore):
     those that may not be written do not count."""
 
     def __init__(self, client: JMAPClient) -> None:
-        self._client, self._state = client, ""
-        self._books: list[str] = []
+        self._client, self._books, self._state = client, list[str](), ""
 
     def prepare(self) -> None:
         account = self._client.account(CONTACTS)
@@ -1647,8 +1629,7 @@ class CardDAVContacts(ContactStore):
             token = dav_text(answer, "sync-token") or None
             etags |= {u: dav_text(each, "getetag") for u, each in dav_responses(answer).items()}
             is_cut = any(" 507" in dav_text(each, "status") for each in answer)
-        known = {url: etag for url, (etag, _, _) in self._entries.items()}
-        changed = [url for url, etag in etags.items() if etag != known.get(url, "")]
+        changed = [url for url in etags if etags[url] != self._entries.get(url, ("",))[0]]
         for urls in batched((url for url in changed if not url.endswith("/")), CARDS_AT_ONCE):
             hrefs = [f"<D:href>{escape(urlsplit(url).path)}</D:href>" for url in urls]
             answer = self._ask(book, "0", "C:addressbook-multiget", CARD_PROPERTIES, *hrefs)
@@ -1697,8 +1678,7 @@ class CardDAVContacts(ContactStore):
         reply, said = self._http.request(method, url, headers, body, accept=CARD_ANSWERS)
         status = reply.status_code
         # Radicale deletes with a 200 that has a multistatus; any other may be some proxy's page.
-        is_page = status == 200 and "xml" not in reply.headers.get("Content-Type", "")
-        if status == 412 or is_page:
+        if status == 412 or (status == 200 and "xml" not in reply.headers.get("Content-Type", "")):
             raise late
         if status not in (200, 201, 204) and (method, status) != ("DELETE", 404):
             refused[change.key] = f"HTTP {status} {error_words(reply.headers, said)}".strip()
@@ -1719,9 +1699,17 @@ FIRST_DELAY, MAX_DELAY = 1.0, 60.0
 PROVEN_SECONDS = 60.0
 ANSWER_TIMEOUT = 30.0
 MAX_EVENT_BYTES = 2**16
-# What no new attempt will change soon, and how loudly to say it; a stream gone quiet is routine.
-LEVEL_OF = {CredentialsError: logging.ERROR, MailroomError: logging.INFO, type(None): logging.DEBUG}
 BLOCK_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+Action = Callable[[], Any]
+
+
+class QuietError(MailroomError):
+    """Nothing has come for long. That is routine: on to the next connection, at once."""
+
+
+# How loudly to say that a stream has ended, if it is no warning. What a new attempt will not change
+# soon: the credentials are refused, or, a plain MailroomError, there is no push.
+LEVEL_OF = {CredentialsError: logging.ERROR, MailroomError: logging.INFO, QuietError: logging.DEBUG}
 
 
 @dataclass
@@ -1753,15 +1741,13 @@ def backoff(attempt: int, first: float = 0.0) -> float:
 def event_blocks(response: requests.Response) -> Iterator[bytes]:
     """Yield the stream's events one by one, as sseclient can digest them: whole, of bounded size,
     in good UTF-8, each with data so that none is dropped, and none that is cut off (HTML Living
-    Standard, section 9.2.6), until nothing has come for QUIET_LIMIT. Raises ServerError."""
+    Standard, section 9.2.6). Raises ServerError at its end, QuietError after QUIET_LIMIT."""
     rest = b""
     while len(rest) <= MAX_EVENT_BYTES:
-        chunk = None
-        quiet = gevent.Timeout(QUIET_LIMIT, False)  # type: ignore[arg-type]  # It raises nothing.
-        with quiet, unbroken(response.url):  # `read1` does not wait for a buffer to fill.
+        quiet = QuietError(f"nothing came for {QUIET_LIMIT:g} s")
+        with gevent.Timeout(QUIET_LIMIT, quiet), unbroken(response.url):
+            # `read1` does not wait for a buffer to fill.
             chunk = response.raw.read1(2**13, decode_content=True)
-        if chunk is None:
-            return
         if not chunk:
             raise ServerError("the server closed it")
         *blocks, rest = BLOCK_END.split(rest + chunk)
@@ -1771,13 +1757,16 @@ def event_blocks(response: requests.Response) -> Iterator[bytes]:
     raise ServerError(f"an event has more than {MAX_EVENT_BYTES} bytes")
 
 
-def stream_events(http: HTTPClient, url: str) -> Iterator[Any]:
-    """Yield None once there is a connection to an event source, and then its events, until it has
-    gone quiet. Raises ServerError and ConfigurationError, MailroomError where there is no push."""
+@contextmanager
+def open_stream(http: HTTPClient, where: Action) -> Iterator[Iterator[Any]]:
+    """Connect to the event source; its events, which end with an error. Raises ServerError and
+    ConfigurationError, MailroomError where there is no push."""
+    url, timeout = where(), (CONNECT_TIMEOUT, None)
+    if not url:
+        raise MailroomError("the server has no push: polling")
     headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
     with gevent.Timeout(ANSWER_TIMEOUT, ServerError(f"timed out after {ANSWER_TIMEOUT:g} s")):
         url = expand_event_source_url(url)
-        timeout = (CONNECT_TIMEOUT, None)
         response = http.open("GET", url, (200, 204), headers=headers, timeout=timeout)
     with response:
         media_type = response.headers.get("Content-Type", "")
@@ -1785,51 +1774,46 @@ def stream_events(http: HTTPClient, url: str) -> Iterator[Any]:
             raise MailroomError("the server has no push (HTTP 204): polling")
         if not media_type.lower().startswith("text/event-stream"):
             raise ServerError(f'the reply is "{media_type}", not an event stream')
-        yield None
-        yield from SSEClient(event_blocks(response)).events()
+        yield SSEClient(event_blocks(response)).events()
 
 
 def follow(
-    http: HTTPClient, url: Callable[[], str], shutdown_event: Any, log: Any, status: StreamStatus
-) -> Iterator[Any]:
-    """Connect again and again, and yield all that comes."""
-    retry, opened, attempt, logged = 0.0, 0.0, 0, set[str]()
-
-    def say(level: int, text: str) -> None:
-        """Log each thing once, and the connection once more after each failure that is news."""
-        is_news = level > logging.DEBUG and text not in logged
-        log.log(level if is_news else logging.DEBUG, f"event stream: {text}")
-        if is_news:
-            logged.discard("connected")
-            logged.add(text)
-
-    while not shutdown_event.is_set():
-        error: MailroomError | None = None
+    connect: Action, on_open: Action, queue: Any, stop: Any, log: Any, status: StreamStatus
+) -> None:
+    """Open the stream again and again, until `stop` is set; see `sse_listener`."""
+    # The connection is news at first, and after each failure that is.
+    retry, opened, attempt, is_news, logged = 0.0, 0.0, 0, True, set[str]()
+    while not stop.is_set():
         try:
-            for event in stream_events(http, url()):
-                if event is None:
-                    status.reconnect_count += bool(opened)
-                    status.status, status.connected_since = "connected", now_iso()
-                    opened = time.monotonic()
-                    say(logging.INFO, "connected")
-                elif event.event in ("state", "ping"):
-                    status.last_event_at = now_iso()
-                if event and re.fullmatch("[0-9]+", event.retry or ""):
-                    retry = float(event.retry) / 1000
-                yield event
-        except MailroomError as caught:
-            error = caught
-        level = LEVEL_OF.get(type(error), logging.WARNING)
-        if status.status == "connected" and time.monotonic() - opened >= PROVEN_SECONDS:
-            # It has earned the first delay again, and its end is routine.
-            attempt, logged, level = 0, {"connected"}, logging.DEBUG
-        say(level, str(error or f"nothing came for {QUIET_LIMIT:g} s"))
-        status.status, status.connected_since = "disconnected", None
-        if error:
-            status.last_error = str(error)
-            least = MAX_DELAY if type(error) in LEVEL_OF else error.retry_after
-            shutdown_event.wait(max(least, backoff(attempt, retry)))
-            attempt += 1
+            with connect() as events:
+                status.reconnect_count += bool(opened)
+                status.status, status.connected_since = "connected", now_iso()
+                opened = time.monotonic()
+                log.log(logging.INFO if is_news else logging.DEBUG, "event stream: connected")
+                is_news = False
+                on_open()
+                for event in events:
+                    if re.fullmatch("[0-9]+", event.retry or ""):
+                        retry = float(event.retry) / 1000
+                    if event.event in ("state", "ping"):
+                        status.last_event_at = now_iso()
+                    if event.event == "state":
+                        queue.put("state_changed")
+        except MailroomError as error:
+            text = str(error)
+            level = logging.DEBUG if text in logged else LEVEL_OF.get(type(error), logging.WARNING)
+            logged.add(text)
+            if status.connected_since and time.monotonic() - opened >= PROVEN_SECONDS:
+                # It has earned the first delay again, and its end is routine.
+                attempt, logged, level = 0, set(), logging.DEBUG
+            log.log(level, f"event stream: {text}")
+            is_news |= level > logging.DEBUG
+            status.status, status.connected_since = "disconnected", None
+            if not isinstance(error, QuietError):
+                status.last_error = text
+                least = MAX_DELAY if type(error) in LEVEL_OF else error.retry_after
+                stop.wait(max(least, backoff(attempt, retry)))
+                attempt += 1
 
 
 def sse_listener(
@@ -1840,32 +1824,17 @@ def sse_listener(
     log: Any = None,
     *,
     username: str = "",
-    current_url: Callable[[], str | None] = lambda: None,
+    current_url: Action | None = None,
     status: StreamStatus | None = None,
-    on_open: Callable[[], object] = lambda: None,
+    on_open: Action = lambda: None,
 ) -> None:
     """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
-    `event_queue` for each `state` event. `current_url` tells where the event source is by now, if
-    it is known; `on_open` is called for each connection made."""
+    `event_queue` for each `state` event. `current_url` tells where the event source is by
+    now, None if nowhere; `on_open` is called for each connection made. Raises a fault."""
     http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
-
-    def listen() -> None:
-        rest = shutdown_event, log or LOG, status or StreamStatus()
-        for event in follow(http, lambda: current_url() or event_source_url, *rest):
-            if event is None:
-                on_open()
-            elif event.event == "state":
-                event_queue.put("state_changed")
-
-    # A blocked read is ended by killing its greenlet: closing the response would deadlock.
-    reader = gevent.spawn(outcome, listen)
-    either: list[Any] = [reader, shutdown_event]
-    try:
-        gevent.wait(either, count=1)
-    finally:
-        reader.kill()
-    if isinstance(reader.value, Exception):
-        raise reader.value
+    connect = partial(open_stream, http, current_url or (lambda: event_source_url))
+    rest = event_queue, shutdown_event, log or LOG, status or StreamStatus()
+    run_until(shutdown_event, partial(follow, connect, on_open, *rest))
 
 
 # The account: reading it ##########################################################################
@@ -1929,9 +1898,8 @@ AUTHENTICATION = "header:Authentication-Results:asText:all"
 EMAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt", AUTHENTICATION)
 SENDERS_AT_ONCE, SENDERS_IN_CYCLE = 50, 250
 EMAILS_AT_ONCE = 5000
-# Of the Screener, and of what has arrived in the Inbox.
-NEWEST = 100
-MAX_SEEN = 1000
+# Of the Screener, and of what has arrived in the Inbox; and how many are remembered.
+NEWEST, MAX_SEEN = 100, 1000
 # Cyrus leaves messages out of a larger filter, without an error; senders times mailboxes count.
 MAX_FILTER_TERMS = 250
 # So often it is looked for messages that came while others were filed.
@@ -1941,8 +1909,6 @@ CYCLE_DEADLINE = 300.0
 # both find others' messages too. At last all that is there is listed.
 Condition = Callable[[str], JSON] | None
 CONDITIONS: tuple[Condition, ...] = (lambda a: {"from": a}, lambda a: {"header": ["From", a]}, None)
-# (message, whether in the Screener)
-Place = tuple[str, bool]
 
 
 def parse_email(raw: JSON, senders: Collection[str] = ()) -> Email | None:
@@ -1972,8 +1938,7 @@ def searches(account: Account, places: Mapping[str, frozenset[str]], by: Conditi
     """Return the queries for messages, given {sender: ids of mailboxes}: for the newest of the
     Screener, which may not be in the index yet, and for all that a condition finds; without one all
     that lies there is listed."""
-    newest = emails_where(in_any([account.screener]), NEWEST, places)
-    queries = [newest] if places else []
+    queries = [emails_where(in_any([account.screener]), NEWEST, places)] if places else []
     for boxes in set(places.values()):
         who = [sender for sender in places if places[sender] == boxes]
         inside = in_any(boxes)
@@ -1992,9 +1957,9 @@ def set_emails(
     changes = [(id_, patch) for id_, patch in patches.items() if patch]
     parts = list(batched(changes, min(client.limits["maxObjectsInSet"], MAX_PAGE)))
     refused, found = Reasons(), list[list[Email]]()
-    for n, part in enumerate(parts, 1):
+    for part in parts:
         write: Call = ("Email/set", {"update": dict(part)})
-        [done], found = client.fetch(looks if n == len(parts) else [], [write])
+        [done], found = client.fetch(looks if part is parts[-1] else [], [write])
         refused |= set_errors(done)
     return refused, [email for part in found for email in part]
 
@@ -2015,8 +1980,8 @@ class Triage:
     _own: set[str] = field(default_factory=set)
     _lacking: str = ""
     _start: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
-    # {place: whether the message is never looked at there again}
-    _seen: dict[Place, bool] = field(default_factory=dict)
+    # {(message, whether in the Screener): whether it is never looked at there again}
+    _seen: dict[tuple[str, bool], bool] = field(default_factory=dict)
     # {sender: why its messages are under the error label}
     _errors: Reasons = field(default_factory=dict)
 
@@ -2044,10 +2009,9 @@ class Triage:
 
     def _connect(self) -> None:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
-        account, _ = read_account(self.settings, self.client, self.contacts)
+        self._take(read_account(self.settings, self.client, self.contacts)[0])
         logins = (self.settings.jmap_username, self.settings.carddav_username)
         self._own |= self.client.own_addresses() | set(map(address_key, logins)) - {""}
-        self._take(account)
 
     def _take(self, account: Account) -> None:
         """Go by the account as it is now. Raises ConfigurationError where nothing can work."""
@@ -2057,7 +2021,7 @@ class Triage:
             LOG.warning(f"the account has {there}")
         self._lacking, self._account = lacking, account
 
-    def _read(self) -> tuple[list[Email], dict[Place, Email]]:
+    def _read(self) -> tuple[list[Email], dict[tuple[str, bool], Email]]:
         """Return the messages under a triage label or the error label, and those without one that
         have arrived: each is looked at once, one that waits in the Screener again when the contacts
         have changed. The mailboxes come along, and when the labels turn out to be others than
@@ -2071,8 +2035,7 @@ class Triage:
         queries += [emails_where(recent, NEWEST)] if self.settings.screen_inbox else []
         calls, _ = self.contacts.questions(())
         answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
-        boxes = parse_mailboxes(mailboxes)
-        self._take(Account(self.settings, boxes, account.cards))
+        self._take(Account(self.settings, parse_mailboxes(mailboxes), account.cards))
         if self._account.queue != account.queue:
             return self._read()
         totals = {each.id: each.total for each in self._account.mailboxes}
@@ -2101,16 +2064,16 @@ class Triage:
                 self._connect()  # It raises when it is the server that is at fault.
             if alone:
                 return {senders[0]: str(error)}
-        failed = Reasons()
-        for sender in senders:
-            failed |= self._isolated(attempt, [sender], alone=True)
-        return failed
+        parts = [self._isolated(attempt, [sender], alone=True) for sender in senders]
+        return {sender: why for part in parts for sender, why in part.items()}
 
     def _triage(self, wanted: dict[str, str], known: list[Email], senders: list[str]) -> Reasons:
         """Triage some senders, and file what has arrived from others; {sender: why it failed}. A
         search is trusted when it finds the labelled messages that are known; if not, the next one
         is tried, and at last the mailboxes are listed."""
         account = self._account
+        # A label may have gone while the server was out of reach.
+        senders = [who for who in senders if wanted.get(who, "") in {"", *account.labels}]
         boxes = account.managed.union(account.labels, account.outgoing)
         places = {who: boxes for who in senders if who in wanted}
         emails = {email.id: email for email in known if email.sender in senders}
@@ -2135,14 +2098,14 @@ class Triage:
         plans = []
         for who in senders:
             label = wanted.get(who, "")
-            categories = [account.labels[label]] if label else self._account.known_as(who)
             own = [email for email in emails.values() if email.sender == who]
+            categories = [account.labels[label]] if label else self._account.known_as(who, own)
             if len(categories) > 1:
                 names = ", ".join(each.name for each in categories)
                 LOG.info("left alone: in several groups", extra=fields(sender=who, groups=names))
             elif categories:
                 plans.append(SenderPlan(who, categories[0], self._account, own, label))
-        return self._carry_out([plan for plan in plans if plan.is_due], condition)
+        return self._carry_out([plan for plan in plans if plan.tapped or not plan.label], condition)
 
     def _carry_out(self, plans: Iterable[SenderPlan], condition: Condition) -> Reasons:
         """Complete the plans and carry them out, step by step; {sender: why it failed}. A sender
@@ -2201,7 +2164,8 @@ class Triage:
                 patches = {email.id: going[email.sender].finish(email) for email in left}
             if not any(patches.values()):
                 return failed, filed
-            places = {who: plan.misplaced for who, plan in going.items() if plan.label}
+            boxes = self._account.managed
+            places = {who: boxes - p.destinations for who, p in going.items() if p.label}
             looks = searches(self._account, places, condition)
             refused, found = set_emails(self.client, patches, looks)
             for id_ in [id_ for id_ in patches if patches[id_] and id_ not in refused]:
@@ -2236,7 +2200,7 @@ class Triage:
 
 # Health and metrics ###############################################################################
 
-HEALTH_CLIENTS = 20  # served at a time
+SAY_AGAIN_SECONDS = 3600.0
 CYCLES = 'cycles_total{{trigger="{}",result="{}"}}'
 FILED = 'messages_filed_total{{by="{}"}}'
 TRIGGERS = ("startup", "push", "scheduled", "fallback")
@@ -2257,27 +2221,53 @@ METRICS = {
 
 
 class Health:
-    """What the service can say of itself. `samples`: of the metrics, by names without prefix."""
+    """What the service can say of itself. `samples`: of the metrics, by names without prefix;
+    `is_down`: the last cycle failed as a whole; `is_refused`: so are the credentials. Until a cycle
+    has succeeded, which is what `last_trigger` tells, the start counts as the last success."""
 
     def __init__(self, settings: MailroomSettings) -> None:
         self.stream = StreamStatus()
-        self.is_refused = False
-        self.consecutive_failures, self.last_success = 0, 0.0
+        self.is_down = self.is_refused = False
+        self.consecutive_failures, self.last_success = 0, time.monotonic()
         self.last_error, self.last_trigger = "", ""
         # All that can come is there from the start.
-        cycles = [CYCLES.format(trigger, result) for trigger in TRIGGERS for result in RESULTS]
-        filed = map(FILED.format, ("tap", "known_sender", "screened"))
-        self.samples: Counter[str] = Counter(dict.fromkeys([*cycles, *filed], 0))
-        self.samples[f'build_info{{version="{VERSION}"}}'] = 1
-        self._settings, self._started = settings, time.monotonic()
+        names = [CYCLES.format(trigger, result) for trigger in TRIGGERS for result in RESULTS]
+        names += map(FILED.format, ("tap", "known_sender", "screened"))
+        self.samples = Counter({f'build_info{{version="{VERSION}"}}': 1, **dict.fromkeys(names, 0)})
+        self._settings = settings
+        self._silent_until: dict[tuple[str, str], float] = {}
+
+    def note(self, trigger: str, failures: Mapping[str, str]) -> None:
+        """Note how a cycle has ended, and log what failed: once, and once an hour while it lasts,
+        and when it is over. The same cause with another count in it is no news. `failures`:
+        {sender: cause}, the sender empty where the whole cycle failed."""
+        now, self.is_down = time.monotonic(), "" in failures
+        result = "failure" if self.is_down else "sender_failures" if failures else "success"
+        self.samples[CYCLES.format(trigger, result)] += 1
+        self.samples["sender_failures_total"] += len(failures.keys() - {""})
+        self.last_error = self._settings.redact("; ".join(failures.values()), MAX_SHOWN)
+        if not self.is_down:
+            self.last_success, self.last_trigger, self.is_refused = now, trigger, False
+            self.samples["last_success_timestamp_seconds"] = int(time.time())
+        for sender, cause in failures.items():
+            key = (sender, re.sub(r"https?://\S+|[0-9]+", "0", cause))
+            if now >= self._silent_until.get(key, 0.0):
+                self._silent_until[key] = now + SAY_AGAIN_SECONDS
+                event = "sender not triaged, the label stays" if sender else "cycle failed"
+                LOG.error(event, extra=fields(**{"sender": sender} if sender else {}, cause=cause))
+        if self.consecutive_failures and not failures:
+            LOG.info("recovered", extra=fields(failed_cycles=self.consecutive_failures))
+            self._silent_until.clear()
+        self.consecutive_failures = self.consecutive_failures + 1 if failures else 0
+        LOG.debug("cycle done", extra=fields(trigger=trigger, failures=len(failures)))
 
     def page(self) -> tuple[str, str, str]:
         """Return (status line, media type, body) for /healthz."""
-        age = time.monotonic() - (self.last_success or self._started)
+        age = time.monotonic() - self.last_success
         is_well = age < 2 * self._settings.poll_interval + CYCLE_DEADLINE and not self.is_refused
         body = {
             "status": "ok" if is_well else "failing",
-            "last_poll_age_seconds": round(age, 3) if self.last_success else None,
+            "last_poll_age_seconds": round(age, 3) if self.last_trigger else None,
             "last_poll_trigger": self.last_trigger or None,
             "last_error": self.last_error or None,
             "consecutive_failures": self.consecutive_failures,
@@ -2311,8 +2301,6 @@ class Health:
 
 # The service ######################################################################################
 
-SAY_AGAIN_SECONDS = 3600.0
-
 
 def drain_queue(queue: Any) -> int:
     """Empty a queue without waiting; how many items were dropped."""
@@ -2329,40 +2317,26 @@ class Service:
     with `say`, called with each plan in words, no cycle writes."""
 
     def __init__(self, settings: MailroomSettings, *, once: bool = False, say: Any = None) -> None:
-        self.shutdown = gevent.event.Event()
-        self.health = Health(settings)
-        self._settings, self._once = settings, once
+        self.health, self._settings, self._once = Health(settings), settings, once
+        self.shutdown, self._is_ready = gevent.event.Event(), gevent.event.Event()
         self._queue: gevent.queue.Queue[str] = gevent.queue.Queue()
-        self._is_ready = gevent.event.Event()
-        self._client, contacts = new_clients(settings)
-        self._triage = Triage(settings, self._client, contacts, self.health.samples, say)
-        self._silent_until: dict[tuple[str, str], float] = {}
+        self._triage = Triage(settings, *new_clients(settings), self.health.samples, say)
 
     def run(self) -> int:
         """Serve until a signal or a fault, or the one cycle is done; the exit status. Raises what
-        has ended a greenlet."""
+        has ended a greenlet. A cycle that is cut off is the same as one that crashed: the next one
+        sees the rest."""
         health = [self._serve_health] if self._settings.health_port else []
         tasks = [self._cycles] if self._once else [*health, self._cycles, self._listen]
-        greenlets = [gevent.spawn(outcome, task) for task in tasks]
-        waited: list[Any] = [self.shutdown, *greenlets]
-        try:
-            # Python misses a signal that comes just before the loop waits, until the next turn.
-            while not (ended := gevent.wait(waited, timeout=1, count=1)):
-                pass
-        finally:
-            # A cycle that is cut off is the same as one that crashed: the next one sees the rest.
-            gevent.killall(greenlets, timeout=1)
+        run_until(self.shutdown, *tasks)
         if self.shutdown.is_set():
             LOG.info("stopped")
             return 0
-        fault = ended[0].value
-        if self._once and fault is None:
-            return 3 if self.health.consecutive_failures else 0
-        raise fault if isinstance(fault, Exception) else RuntimeError(f"ended by {fault!r}")
+        return 3 if self.health.consecutive_failures else 0
 
     def _serve_health(self) -> None:
         host, port = self._settings.health_host, self._settings.health_port
-        quiet: JSON = {"log": None, "error_log": None, "spawn": HEALTH_CLIENTS}
+        quiet: JSON = {"log": None, "error_log": None, "spawn": 20}  # so many clients at a time
         try:
             gevent.pywsgi.WSGIServer((host, port), self.health, **quiet).serve_forever(0)
         except (OSError, ValueError) as error:
@@ -2370,17 +2344,13 @@ class Service:
             raise ConfigurationError(f"{where}: {network_reason(error)}; give others") from None
 
     def _listen(self) -> None:
-        """Listen to the event stream, once it is known where: a server may come to have push."""
-        client, settings = self._client, self._settings
+        """Listen to the event stream, once the session tells where it is, and it may come to."""
         self._is_ready.wait()
-        if not client.event_source_url:
-            LOG.info("the server has no push: polling")
-        while not (url := client.event_source_url):
-            gevent.sleep(settings.poll_interval)
+        client, settings = self._triage.client, self._settings
         more: JSON = {"username": settings.jmap_username, "status": self.health.stream}
         more["current_url"] = lambda: client.event_source_url
         more["on_open"] = lambda: self._queue.put("connected")
-        sse_listener(settings.jmap_token, url, self._queue, self.shutdown, LOG, **more)
+        sse_listener(settings.jmap_token, "", self._queue, self.shutdown, LOG, **more)
 
     def _cycles(self) -> None:
         trigger = "startup"
@@ -2390,69 +2360,41 @@ class Service:
     def _cycle(self, trigger: str) -> float:
         """Run one cycle; the seconds until the next one is due at the latest. Until one has
         succeeded it raises an error that lasts."""
-        health, interval, pause = self.health, self._settings.poll_interval, 0.0
-        before = health.consecutive_failures
+        health, interval = self.health, self._settings.poll_interval
+        soon = min(interval, backoff(health.consecutive_failures))
         late = MailroomError(f"the cycle timed out after {CYCLE_DEADLINE:g} s")
         drain_queue(self._queue)
         try:
             with gevent.Timeout(CYCLE_DEADLINE, late):
                 failures = self._triage.run()
-            health.is_refused = False
-            self._is_ready.set()
         except MailroomError as error:
             if error.is_lasting and not self._is_ready.is_set():
                 raise ConfigurationError(*error.problems) from None
-            self._client.stale = True  # Nothing of the account is taken for granted.
+            self._triage.client.stale = True  # Nothing of the account is taken for granted.
             health.is_refused |= isinstance(error, CredentialsError)
-            failures, pause = {"": str(error)}, error.retry_after
-        self._note(trigger, failures)
-        delay = min(interval, backoff(before)) if failures else interval
-        if "" in failures and not self._once:
-            # No event shortens this pause: a server in trouble is not asked at their pace.
-            self.shutdown.wait(max(interval if health.is_refused else delay, pause))
-            return 0.0
-        return 0.0 if self._triage.has_more and "" not in failures else delay
+            health.note(trigger, {"": str(error)})
+            return max(interval if health.is_refused else soon, error.retry_after)
+        self._is_ready.set()
+        health.note(trigger, failures)
+        return 0.0 if self._triage.has_more else soon if failures else interval
 
     def _wait(self, delay: float) -> str:
         """Wait until a cycle is due; what triggers it. The first signal opens a window, and all
         that arrives in it is one cycle. It does not slide, so that no steady stream of events can
         put the cycle off, and ends when the timer does."""
-        due = time.monotonic() + delay
-        with suppress(gevent.queue.Empty):
-            self._queue.get(timeout=delay)
-            left = max(0.0, due - time.monotonic())
-            self.shutdown.wait(min(self._settings.debounce_seconds, left))
-            return "push"
-        return "scheduled" if self.health.stream.status == "connected" else "fallback"
-
-    def _note(self, trigger: str, failures: Mapping[str, str]) -> None:
-        """Note how a cycle has ended, and log what failed: once, and once an hour while it lasts,
-        and when it is over. The same cause with another count in it is no news."""
-        health, samples, now = self.health, self.health.samples, time.monotonic()
-        result = "failure" if "" in failures else "sender_failures" if failures else "success"
-        samples[CYCLES.format(trigger, result)] += 1
-        samples["sender_failures_total"] += len(failures.keys() - {""})
-        health.last_error = self._settings.redact("; ".join(failures.values()), MAX_SHOWN)
-        if "" not in failures:
-            health.last_success, health.last_trigger = now, trigger
-            samples["last_success_timestamp_seconds"] = int(time.time())
-        for sender, cause in failures.items():
-            key = (sender, re.sub(r"https?://\S+|[0-9]+", "0", cause))
-            if now >= self._silent_until.get(key, 0.0):
-                self._silent_until[key] = now + SAY_AGAIN_SECONDS
-                event = "sender not triaged, the label stays" if sender else "cycle failed"
-                LOG.error(event, extra=fields(**{"sender": sender} if sender else {}, cause=cause))
-        if not failures:
-            if health.consecutive_failures:
-                LOG.info("recovered", extra=fields(failed_cycles=health.consecutive_failures))
-            self._silent_until.clear()
-        health.consecutive_failures = health.consecutive_failures + 1 if failures else 0
-        LOG.debug("cycle done", extra=fields(trigger=trigger, failures=len(failures)))
+        trigger = ""
+        if self.health.is_down:  # It is not asked at the pace of the events.
+            self.shutdown.wait(delay)
+            delay = 0.0
+        with suppress(gevent.Timeout), gevent.Timeout(delay):
+            self._queue.get()
+            trigger = "push"
+            gevent.sleep(self._settings.debounce_seconds)
+        is_connected = self.health.stream.status == "connected"
+        return trigger or ("scheduled" if is_connected else "fallback")
 
 
 # Setup: what the account has and lacks, making that, and the rules for messages to come ###########
-
-PROGRAM = "python mailroom.py"
 
 
 def print_lines(settings: MailroomSettings, *texts: str) -> None:
@@ -2474,39 +2416,36 @@ def needs_in_lines(account: Account) -> Iterator[str]:
             yield f"note: undo and reset take triaged messages out of the {box.role}"
 
 
-def make_missing(
-    client: JMAPClient, contacts: ContactStore, account: Account, cards: Iterable[Card]
-) -> Iterator[tuple[Need, str]]:
-    """Make what the account lacks, unless it has a near name; yield each thing, and why it was
-    refused, if it was."""
+def make(need: Need, client: JMAPClient, contacts: ContactStore, account: Account) -> str:
+    """Make a thing that the account lacks; why it was refused, if it was. Raises MailroomError."""
+    kind, path = need
     ids = {each.path: each.id for each in account.mailboxes}
-    for need in [need for need, near in account.missing.items() if not near]:
-        kind, path = need
-        above, _, name = path.rpartition("/")
-        if kind == "contact group":
-            new = CardChange(uid=own_uid(f"group:{path}", cards), kind="group", name=path)
-            refused = contacts.apply({new.key: new})
-        elif above and above not in ids:
-            refused = {"": f'there is no mailbox "{above}"'}
-        else:
-            box = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
-            refused = set_errors(client.call("Mailbox/set", {"create": {"new": box}}))
-        yield need, "".join(refused.values())
+    above, _, name = path.rpartition("/")
+    if kind == "contact group":
+        uid = own_uid(f"group:{path}", account.groups.values())
+        new = CardChange(uid=uid, kind="group", name=path)
+        refused = contacts.apply({new.key: new})
+    elif above and above not in ids:
+        refused = {"": f'there is no mailbox "{above}"'}
+    else:
+        box = {"name": name, "parentId": ids.get(above), "isSubscribed": True}
+        refused = set_errors(client.call("Mailbox/set", {"create": {"new": box}}))
+    return "".join(refused.values())
 
 
-def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list[JSON]:
+def fastmail_rules(account: Account) -> list[JSON]:
     """Return the rules for Fastmail's import: one for each category, a second one for a category
     some of whose senders stay in the Inbox, and last that for strangers. All rules that fit a
     message apply, and any of them takes it out of the Inbox, so that it goes where triage puts one
     from the Screener. Where categories share a group nobody can tell their senders apart: the
-    messages go to the mailboxes of all of them, and stay in the Inbox if they do for one of them.
-    `paths`: {mailbox's name: its path}."""
-    categories, now = settings.triage_categories, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    messages go to the mailboxes of all, and stay in the Inbox if they do for one of them."""
+    # Of several mailboxes with one name the first is meant.
+    paths = {each.name: each.path for each in reversed(account.mailboxes)}
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     # As in Fastmail's export. The rules that follow one apply too.
-    off = ("markFlagged", "showNotification", "discard", "markSpam", "stop")
-    none = ("conditions", "redirectTo", "snoozeUntil", "previousFileInName")
-    same: JSON = dict.fromkeys(off, False) | dict.fromkeys(none)
-    same |= {"combinator": "all", "created": now, "updated": now}
+    same: JSON = {"combinator": "all", "created": now, "updated": now}
+    same |= dict.fromkeys(("markFlagged", "showNotification", "discard", "markSpam", "stop"), False)
+    same |= dict.fromkeys(("conditions", "redirectTo", "snoozeUntil", "previousFileInName"))
 
     def rule(name: str, search: str, box: str | None, skip: bool, read: bool = False) -> JSON:
         does = {"search": search, "fileIn": box and paths.get(box, box), "skipInbox": skip}
@@ -2516,23 +2455,22 @@ def fastmail_rules(settings: MailroomSettings, paths: Mapping[str, str]) -> list
         return f"fromin:{json.dumps(group, ensure_ascii=False)}"
 
     rules = []
-    for each in categories:
+    lines = [account.family(each) for each in account.categories if each.add_to_inbox]
+    for each in account.categories:
         group, box = each.contact_group, each.destination_mailbox
-        lines = [[one, *ancestors(one, categories)] for one in categories if one.add_to_inbox]
-        stay = {one[0].contact_group for one in lines if group in {e.contact_group for e in one}}
+        stay = {line[0].contact_group for line in lines if group in {e.contact_group for e in line}}
         rules.append(rule(group, fromin(group), box, not stay, each.mark_read))
         if stay and group not in stay:
             search = " NOT ".join(map(fromin, [group, *sorted(stay)]))
             rules.append(rule(f"{group}, no Inbox", search, None, True))
-    return [*rules, rule("strangers", "NOT fromin:contacts", settings.screener_mailbox, True)]
+    strangers = "NOT fromin:contacts"
+    return [*rules, rule("strangers", strangers, account.settings.screener_mailbox, True)]
 
 
 def write_rules(account: Account, file: str) -> int:
     """Write the rules into a new file, or to standard output for `-`; the exit status. Raises
     ConfigurationError."""
-    # Of several mailboxes with one name the first is meant.
-    paths = {each.name: each.path for each in reversed(account.mailboxes)}
-    rules = json.dumps(fastmail_rules(account.settings, paths), indent=2)
+    rules = json.dumps(fastmail_rules(account), indent=2)
     if file == "-":
         print(rules, flush=True)
         return 0
@@ -2549,7 +2487,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: show what the account has and lacks, and make it with `--apply`; the exit
     status, 1 while something is missing. Raises MailroomError."""
     client, contacts = new_clients(settings)
-    account, cards = read_account(settings, client, contacts)
+    account, _ = read_account(settings, client, contacts)
     if options.fastmail_rules:
         return write_rules(account, options.fastmail_rules)
     pushes = "yes" if client.event_source_url else "no, so it is polled"
@@ -2558,12 +2496,12 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     verdict = "Nothing has been changed" if left else "There is nothing to do"
     if left and options.apply:
         options.begun = True
-        for (kind, name), why in make_missing(client, contacts, account, cards):
-            done = f'refused  {kind} "{name}": {why}' if why else f'made     {kind} "{name}"'
-            print_lines(settings, done)
+        for need in [need for need, near in account.missing.items() if not near]:
+            thing, why = '{} "{}"'.format(*need), make(need, client, contacts, account)
+            print_lines(settings, f"refused  {thing}: {why}" if why else f"made     {thing}")
             left -= not why
         verdict = "Not all of it could be made" if left else "All is there"
-    print_lines(settings, f"{verdict}. Next: {PROGRAM}{' setup --apply' if left else ''}")
+    print_lines(settings, f"{verdict}. Next: python mailroom.py{' setup --apply' if left else ''}")
     return 1 if left else 0
 
 
@@ -2573,12 +2511,10 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
 def plan_reset(cards: Collection[Card], account: Account) -> CardChanges:
     """Return the changes of cards that undo all triage: groups that Mailroom made go, the user's
     with such names are emptied, and contacts go (see `Account.deletions`)."""
-    changes: CardChanges = {}
-    for card in cards:
-        members = frozenset(card.members)
-        if card.group_name in account.own_names and (card.is_untouched or members):
-            changes[card.ref] = CardChange(card, remove=members, deletes=card.is_untouched)
-    return changes | account.deletions([c for c in cards if not c.is_group], cards)
+    groups = [card for card in cards if card.group_name in account.own_names]
+    emptied = {c.ref: CardChange(c, remove=frozenset(c.members)) for c in groups if c.members}
+    contacts = [card for card in cards if not card.is_group]
+    return emptied | account.deletions([*groups, *contacts], cards)
 
 
 def take_out(client: JMAPClient, own: Collection[str], account: Account) -> Reasons:
@@ -2594,6 +2530,14 @@ def take_out(client: JMAPClient, own: Collection[str], account: Account) -> Reas
         refused |= set_emails(client, patches)[0]
 
 
+def is_confirmed() -> bool:
+    """Ask the person at the terminal. Raises ConfigurationError when there is none."""
+    if not sys.stdin.isatty():
+        raise ConfigurationError("there is no terminal to confirm it at: give --yes")
+    print('Type "reset" to go on: ', end="", flush=True)
+    return sys.stdin.readline().strip() == "reset"
+
+
 def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: tell what a reset would do, and do it with `--apply` once that is confirmed; the
     exit status. Raises MailroomError."""
@@ -2603,20 +2547,17 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
         raise ConfigurationError(f'there is no mailbox "{settings.screener_mailbox}": make it')
     own = (account.managed | account.marks) - {account.screener}
     changes, steps = plan_reset(cards, account), dict[str, str]()
-    for key, change in changes.items():
-        if card := change.card:
-            verb = "delete" if change.deletes else "empty"
-            steps[key] = f'{verb} the {"group" if card.is_group else "contact"} "{card.name}"'
+    for card in [card for card in cards if card.ref in changes]:
+        verb = "delete" if changes[card.ref].deletes else "empty"
+        steps[card.ref] = f'{verb} the {"group" if card.is_group else "contact"} "{card.name}"'
     full = [each for each in account.mailboxes if each.id in own and each.total]
     lines = [*steps.values(), *(f'empty "{box.path}", messages: {box.total:,}' for box in full)]
-    if not lines:
-        print_lines(settings, "There is nothing to do.")
-        return 0
     safe = "No message and no mailbox is deleted. Take the account's rules out first."
-    print_lines(settings, *lines, safe)
-    again = f"Next: {PROGRAM} reset --apply"
-    if not options.apply or not (options.yes or is_confirmed()):
-        print_lines(settings, f"Nothing has been changed. {again}")
+    again = "Next: python mailroom.py reset --apply"
+    idle = f"Nothing has been changed. {again}" if lines else "There is nothing to do."
+    print_lines(settings, *lines, *([safe] if lines else []))
+    if not (lines and options.apply and (options.yes or is_confirmed())):
+        print_lines(settings, idle)
         return 0
     options.begun = True
     refused = {steps[key]: why for key, why in contacts.apply(changes).items()}
@@ -2624,14 +2565,6 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
     verdict = f"Not all could be done. {again}" if refused else "Mailroom is out of the account."
     print_lines(settings, *map("refused  {}: {}".format, refused, refused.values()), verdict)
     return 1 if refused else 0
-
-
-def is_confirmed() -> bool:
-    """Ask the person at the terminal. Raises ConfigurationError when there is none."""
-    if not sys.stdin.isatty():
-        raise ConfigurationError("there is no terminal to confirm it at: give --yes")
-    print('Type "reset" to go on: ', end="", flush=True)
-    return sys.stdin.readline().strip() == "reset"
 
 
 # The command ######################################################################################
@@ -2662,8 +2595,8 @@ def run(settings: MailroomSettings, options: argparse.Namespace) -> int:
 COMMANDS = {"run": run, "setup": setup, "reset": reset}
 
 
-def command_line() -> argparse.ArgumentParser:
-    """Return the commands and their options."""
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command and its options."""
     about = "One tap of a label triages a whole sender. The README lists the settings."
     layout: JSON = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     layout["epilog"] = __doc__[__doc__.index("examples:") :]
@@ -2682,31 +2615,8 @@ def command_line() -> argparse.ArgumentParser:
     each = commands.add_parser("reset", help="show what taking Mailroom out would do")
     each.add_argument("--apply", help="do it, once you have confirmed it", **flag)
     each.add_argument("--yes", help="do it without asking", **flag)
-    return parser
-
-
-def perform(arguments: Sequence[str]) -> int:
-    """Run the command; the exit status. Raises what is no MailroomError."""
     is_bare = not arguments or arguments[0] in ("--once", "--dry-run")
-    options = command_line().parse_args(["run", *arguments] if is_bare else arguments)
-    redact: Callable[[str, int], str] = truncate  # until the secrets are known
-    try:
-        settings = MailroomSettings()
-        redact = settings.redact
-        LOG.handlers[:] = [logging.StreamHandler()]
-        LOG.handlers[0].setFormatter(LogFormatter(settings))
-        LOG.setLevel(settings.log_level.upper())
-        for warning in settings.warnings:
-            LOG.warning(warning)
-        if options.command != "run":  # The service has its own.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return COMMANDS[options.command](settings, options)
-    except MailroomError as error:
-        helps = getattr(options, "begun", False) and not error.is_lasting
-        again = ". Run it again: it does what is left" if helps else ""
-        for problem in error.problems:
-            print(f"mailroom: {one_line(redact(problem + again, MAX_SHOWN))}", file=sys.stderr)
-        return 2 if error.is_lasting else 1
+    return parser.parse_args(["run", *arguments] if is_bare else arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2716,15 +2626,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (open to the end)
     # Not every terminal knows every letter.
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
-    # Or gevent would print it.
-    gevent.get_hub().NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # The service has its own.
+    redact: Callable[[str, int], str] = truncate  # until the secrets are known
     try:
         try:
-            return perform(sys.argv[1:] if arguments is None else arguments)
+            options = parse_options(sys.argv[1:] if arguments is None else arguments)
+            settings = MailroomSettings()
+            redact = settings.redact
+            LOG.handlers[:] = [logging.StreamHandler()]
+            LOG.handlers[0].setFormatter(LogFormatter(settings))
+            LOG.setLevel(settings.log_level.upper())
+            for warning in settings.warnings:
+                LOG.warning(warning)
+            return COMMANDS[options.command](settings, options)
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
+    except MailroomError as error:
+        again = ". Run it again: it does what is left" if "begun" in options else ""
+        for problem in error.problems:
+            line = problem if error.is_lasting else problem + again
+            print(f"mailroom: {one_line(redact(line, MAX_SHOWN))}", file=sys.stderr)
+        return 2 if error.is_lasting else 1
     except OSError as error:  # of standard output
         # Or Python would complain when it closes that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
