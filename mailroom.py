@@ -33,6 +33,8 @@ exit status:
   3    `run --once`: a sender could not be triaged, or the server not be reached
   130  setup or reset: stopped with Ctrl-C
   141  whoever read the output has gone
+
+The README lists the settings.
 """
 
 import sys
@@ -187,8 +189,8 @@ def one_of(*words: str) -> Rule:
     return Rule(words.__contains__, f"{', '.join(words[:-1])} or {words[-1]}")
 
 
-def between(low: float, high: float, unit: str) -> Rule:
-    return Rule(lambda value: low <= value <= high, f"{unit}, {low} to {high}")
+def between(low: float, high: float, what: str) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"{what}, {low} to {high}")
 
 
 TEXT = Rule(lambda value: isinstance(value, str) and value.isprintable(), "one line of text")
@@ -710,11 +712,11 @@ class Account:
         above = {parent.name for each in held for parent in ancestors(each, self.categories)}
         return [each for each in held if each.name not in above]
 
-    def deletions(self, contacts: Iterable[Card], cards: Iterable[Card]) -> CardChanges:
-        """Return the changes that delete untouched contacts that are in no group of the user's."""
-        foreign = [card for card in cards if card.group_name not in self.own_names]
+    def deletions(self, cards: Iterable[Card]) -> CardChanges:
+        """Return the changes that delete untouched cards that are in no group of the user's."""
+        foreign = [card for card in self.cards if card.group_name not in self.own_names]
         used = {key for card in foreign for key in card.members.values()}
-        made = [card for card in contacts if card.is_untouched and card.is_ours]
+        made = [card for card in cards if card.is_untouched and card.is_ours]
         return {c.ref: CardChange(c, deletes=True) for c in made if c.keys.isdisjoint(used)}
 
 
@@ -810,21 +812,21 @@ class SenderPlan:
         if bad := next((card for card in contacts if card.problem), None):
             return replace(self, failure=f'the card "{bad.name or bad.ref}" {bad.problem}')
         # Where there is no contact its uid may have been left behind in groups.
-        new = Card("", own_uid(f"mailto:{self.sender}", account.cards), is_untouched=True)
-        contact = next(iter(contacts), new)
-        held = list(account.leaves(contacts or [new]))
+        what = f"mailto:{self.sender}"
+        contact = contacts[0] if contacts else Card("", own_uid(what, account.cards))
+        held = list(account.leaves(contacts or [contact]))
         own_group = account.settings.provenance_group
         names = {each.contact_group for each in account.family(self.category)}
         keeps = set() if undoes else {*names, own_group}
         leaves = {change.key: change for change in held if change.name not in keeps}
         if undoes:
-            leaves |= account.deletions(contacts, account.cards)
+            leaves |= account.deletions(contacts)
             return replace(self, contact=contact, leaves=leaves)
-        names |= {own_group} if contact.is_untouched else set()
+        names |= {own_group} if contact.is_untouched or not contacts else set()
         names = (names & account.groups.keys()) - {change.name for change in held}
         uids = frozenset([contact.uid])
         joins = [CardChange(account.groups[n], name=n, add=uids) for n in sorted(names)]
-        joins += [] if contacts else [self._new_contact(new.uid, today)]
+        joins += [] if contacts else [self._new_contact(contact.uid, today)]
         given = {change.key: change for change in joins}
         plan = replace(self, contact=contact, joins=given, leaves=leaves)
         return replace(plan, warning=plan._reason_to_warn())
@@ -885,7 +887,6 @@ for _name in filter(socket.__dict__.get, KEEPALIVE):  # Not every system has all
     HTTPConnection.default_socket_options.append(_option)
 BROKEN = (urllib3.exceptions.HTTPError, OSError, ValueError)  # requests' errors are OSErrors
 Auth = Callable[[requests.PreparedRequest], requests.PreparedRequest]
-Statuses = Collection[int]
 
 
 class Adapter(HTTPAdapter):
@@ -954,7 +955,7 @@ class HTTPClient:
         self._session.headers["User-Agent"] = f"Mailroom/{VERSION}"
         self._session.mount("https://", Adapter())
 
-    def open(self, method: str, url: str, accept: Statuses, **named: Any) -> requests.Response:
+    def open(self, method: str, url: str, accept: Iterable[int], **named: Any) -> requests.Response:
         """Return a response with one of the statuses to accept, whose body is not read yet.
         Redirects are followed within the origin. Raises ServerError; ConfigurationError for what
         the credentials are not meant for, or refused by."""
@@ -978,21 +979,23 @@ class HTTPClient:
         raise ServerError(f"{url}: too many redirects; check {self._setting}", answered=True)
 
     def request(
-        self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Statuses = OK
+        self, method: str, url: str, headers: JSON, body: bytes = b"", accept: Iterable[int] = OK
     ) -> tuple[requests.Response, bytes]:
         """Return a response and its whole body. Raises as `open` does."""
         if time.monotonic() - self._used > MAX_REST_SECONDS:
             self._session.close()  # It opens anew by itself.
+        content, timeout = bytearray(), (CONNECT_TIMEOUT, READ_TIMEOUT)
         late = ServerError(f"{url} timed out after {MAX_REPLY_SECONDS:g} s")
-        timeout = CONNECT_TIMEOUT, READ_TIMEOUT
         with gevent.Timeout(MAX_REPLY_SECONDS, late):
             response = self.open(method, url, accept, headers=headers, data=body, timeout=timeout)
             with response, unbroken(response.url):
-                content = response.raw.read(self._most + 1, decode_content=True)
-        if len(content) > self._most:
-            raise ServerError(f"{url} sent more than {self._most:,} bytes", answered=True)
+                for chunk in response.raw.stream(decode_content=True):
+                    content += chunk
+                    if len(content) > self._most:
+                        much = f"{url} sent more than {self._most:,} bytes"
+                        raise ServerError(much, answered=True)
         self._used = time.monotonic()
-        return response, content
+        return response, bytes(content)
 
     def _refusal(self, response: requests.Response) -> MailroomError:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
@@ -1002,9 +1005,8 @@ class HTTPClient:
             body = response.raw.read(2**16, decode_content=True)
             wait = min(urllib3.Retry().get_retry_after(response.raw) or 0.0, MAX_RETRY_AFTER)
         said = error_words(headers, body)
-        if not wait and status in BUSY:
-            is_limit = re.search("limit|too many", said, re.IGNORECASE)
-            wait = LIMIT_SECONDS if is_limit else float(status == 429)
+        is_limit = status in BUSY and re.search("limit|too many", said, re.IGNORECASE)
+        wait = wait or (LIMIT_SECONDS if is_limit else float(status == 429))
         text = f"{response.url} answered HTTP {status}" + (f": {said}" if said else "")
         is_page = "html" in headers.get("Content-Type", "")
         if not wait and (status == 401 or (status == 403 and not is_page)):
@@ -1090,8 +1092,8 @@ class MethodError(ServerError):
     which may say for how many seconds to leave the server alone."""
 
     def __init__(self, method: str, error: JSON) -> None:
-        said = re.findall(r"(\d+) ?s(?:ec|\b)", str(error.get("description")))
-        seconds = min(float([*said, LIMIT_SECONDS][0]), MAX_RETRY_AFTER)
+        said = re.search(r"(\d+) ?s(ec|\b)", str(error.get("description")))
+        seconds = min(float(said[1]) if said else LIMIT_SECONDS, MAX_RETRY_AFTER)
         wait = seconds if error.get("type") == "rateLimit" else 0.0
         super().__init__(f"{method}: {error_text(error)}", answered=not wait, retry_after=wait)
         self.method, self.is_lasting = method, error.get("type") in LACKING
@@ -1584,7 +1586,8 @@ class CardDAVContacts(ContactStore):
             if is_own and (not rights or rights & WRITE_RIGHTS):
                 books[book] = "" if dav_text(each, "sync-token") else None
         usual = [url for url in books if re.search("(default|contacts)/$", url.lower())]
-        fit = [c[0] for c in (named, list(books), usual) if len(c) == 1 and c[0] in books]
+        choices = [named] if named else [list(books), usual]
+        fit = [choice[0] for choice in choices if len(choice) == 1 and choice[0] in books]
         if not fit:
             several = "there are several address books; for this one MAILROOM_CARDDAV_URL="
             none = f"{self._url}: no address book to write. {CARDDAV_REMEDY}"
@@ -1699,7 +1702,6 @@ FIRST_DELAY, MAX_DELAY = 1.0, 60.0
 PROVEN_SECONDS = 60.0
 ANSWER_TIMEOUT = 30.0
 MAX_EVENT_BYTES = 2**16
-BLOCK_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 Action = Callable[[], Any]
 
 
@@ -1750,7 +1752,7 @@ def event_blocks(response: requests.Response) -> Iterator[bytes]:
             chunk = response.raw.read1(2**13, decode_content=True)
         if not chunk:
             raise ServerError("the server closed it")
-        *blocks, rest = BLOCK_END.split(rest + chunk)
+        *blocks, rest = re.split(rb"\r\n\r\n|\n\n|\r\r", rest + chunk)
         for block in blocks:
             yield block.decode("utf-8-sig", "replace").encode() + b"\ndata:\n\n"
         gevent.sleep(0)  # A flood keeps nobody else from working.
@@ -1829,8 +1831,8 @@ def sse_listener(
     on_open: Action = lambda: None,
 ) -> None:
     """Listen to the event source until `shutdown_event` is set, and put "state_changed" on
-    `event_queue` for each `state` event. `current_url` tells where the event source is by
-    now, None if nowhere; `on_open` is called for each connection made. Raises a fault."""
+    `event_queue` for each `state` event. `current_url` tells where the event source is by now, None
+    if nowhere; `on_open` is called for each connection made."""
     http = HTTPClient(credentials(token, username), "MAILROOM_JMAP_URL", JMAP_REMEDY)
     connect = partial(open_stream, http, current_url or (lambda: event_source_url))
     rest = event_queue, shutdown_event, log or LOG, status or StreamStatus()
@@ -1874,9 +1876,9 @@ def parse_mailboxes(found: Iterable[JSON]) -> list[Mailbox]:
 
 def read_account(
     settings: MailroomSettings, client: JMAPClient, contacts: ContactStore, who: Addresses = ()
-) -> tuple[Account, list[Card]]:
-    """Return the account and its groups, with the contacts of some addresses; None means all
-    contacts. Raises ConfigurationError, ServerError."""
+) -> Account:
+    """Return the account with its groups and the contacts of some addresses, all contacts for None.
+    Raises ConfigurationError, ServerError."""
     said = f"connecting to {urlsplit(client.session_url).hostname}"
     hint = gevent.spawn_later(SLOW_SECONDS, print, said, file=sys.stderr)
     if not sys.stderr.isatty():
@@ -1888,8 +1890,7 @@ def read_account(
     contacts.prepare()
     calls, queries = contacts.questions(who)
     answers, [mailboxes, *found] = client.fetch([MAILBOXES, *queries], calls)
-    cards = contacts.cards(answers, found)
-    return Account(settings, parse_mailboxes(mailboxes), cards), cards
+    return Account(settings, parse_mailboxes(mailboxes), contacts.cards(answers, found))
 
 
 # The triage cycle #################################################################################
@@ -1994,7 +1995,8 @@ class Triage:
         fresh = {who for who in fresh if not is_own(who, {"", *self._own, *wanted})}
         # In any order: those that are left over are then not always the same.
         senders = random.sample(sorted(wanted), min(len(wanted), SENDERS_IN_CYCLE))
-        known = [*(email for email in emails if email.sender in wanted), *left.values()]
+        known = [email for email in emails if email.sender in wanted]
+        known += [email for email in left.values() if email.sender in fresh]
         failed = Reasons()
         for batch in filter(None, [*batched(senders, SENDERS_AT_ONCE), list(fresh)]):
             failed |= self._isolated(partial(self._triage, wanted, known), batch, alone=False)
@@ -2009,7 +2011,7 @@ class Triage:
 
     def _connect(self) -> None:
         """Look at the account. Raises ConfigurationError with all that it lacks, ServerError."""
-        self._take(read_account(self.settings, self.client, self.contacts)[0])
+        self._take(read_account(self.settings, self.client, self.contacts))
         logins = (self.settings.jmap_username, self.settings.carddav_username)
         self._own |= self.client.own_addresses() | set(map(address_key, logins)) - {""}
 
@@ -2299,6 +2301,12 @@ class Health:
         return [] if method == "HEAD" else [octets]
 
 
+class HealthHandler(gevent.pywsgi.WSGIHandler):
+    def _handle_client_error(self, error: Exception) -> Any:
+        """Refuse a request. gevent prints a traceback of too many headers, as of no ValueError."""
+        return super()._handle_client_error(ValueError(str(error)))  # type: ignore[misc]
+
+
 # The service ######################################################################################
 
 
@@ -2336,7 +2344,8 @@ class Service:
 
     def _serve_health(self) -> None:
         host, port = self._settings.health_host, self._settings.health_port
-        quiet: JSON = {"log": None, "error_log": None, "spawn": 20}  # so many clients at a time
+        quiet: JSON = {"log": None, "error_log": None, "handler_class": HealthHandler}
+        quiet["spawn"] = 20  # so many clients at a time
         try:
             gevent.pywsgi.WSGIServer((host, port), self.health, **quiet).serve_forever(0)
         except (OSError, ValueError) as error:
@@ -2344,13 +2353,12 @@ class Service:
             raise ConfigurationError(f"{where}: {network_reason(error)}; give others") from None
 
     def _listen(self) -> None:
-        """Listen to the event stream, once the session tells where it is, and it may come to."""
+        """Listen to the event stream. Once a cycle has succeeded it is known where there is one."""
         self._is_ready.wait()
-        client, settings = self._triage.client, self._settings
-        more: JSON = {"username": settings.jmap_username, "status": self.health.stream}
-        more["current_url"] = lambda: client.event_source_url
+        more: JSON = {"username": self._settings.jmap_username, "status": self.health.stream}
+        more["current_url"] = lambda: self._triage.client.event_source_url
         more["on_open"] = lambda: self._queue.put("connected")
-        sse_listener(settings.jmap_token, "", self._queue, self.shutdown, LOG, **more)
+        sse_listener(self._settings.jmap_token, "", self._queue, self.shutdown, LOG, **more)
 
     def _cycles(self) -> None:
         trigger = "startup"
@@ -2383,15 +2391,13 @@ class Service:
         that arrives in it is one cycle. It does not slide, so that no steady stream of events can
         put the cycle off, and ends when the timer does."""
         trigger = ""
-        if self.health.is_down:  # It is not asked at the pace of the events.
-            self.shutdown.wait(delay)
-            delay = 0.0
         with suppress(gevent.Timeout), gevent.Timeout(delay):
+            if self.health.is_down:  # It is not asked at the pace of the events.
+                self.shutdown.wait()
             self._queue.get()
             trigger = "push"
             gevent.sleep(self._settings.debounce_seconds)
-        is_connected = self.health.stream.status == "connected"
-        return trigger or ("scheduled" if is_connected else "fallback")
+        return trigger or ("scheduled" if self.health.stream.connected_since else "fallback")
 
 
 # Setup: what the account has and lacks, making that, and the rules for messages to come ###########
@@ -2422,7 +2428,7 @@ def make(need: Need, client: JMAPClient, contacts: ContactStore, account: Accoun
     ids = {each.path: each.id for each in account.mailboxes}
     above, _, name = path.rpartition("/")
     if kind == "contact group":
-        uid = own_uid(f"group:{path}", account.groups.values())
+        uid = own_uid(f"group:{path}", account.cards)
         new = CardChange(uid=uid, kind="group", name=path)
         refused = contacts.apply({new.key: new})
     elif above and above not in ids:
@@ -2447,8 +2453,8 @@ def fastmail_rules(account: Account) -> list[JSON]:
     same |= dict.fromkeys(("markFlagged", "showNotification", "discard", "markSpam", "stop"), False)
     same |= dict.fromkeys(("conditions", "redirectTo", "snoozeUntil", "previousFileInName"))
 
-    def rule(name: str, search: str, box: str | None, skip: bool, read: bool = False) -> JSON:
-        does = {"search": search, "fileIn": box and paths.get(box, box), "skipInbox": skip}
+    def rule(name: str, search: str, box: str, skip: bool = True, read: bool = False) -> JSON:
+        does = {"search": search, "fileIn": paths.get(box, box) or None, "skipInbox": skip}
         return {"name": f"Mailroom: {name}", **does, "markRead": read, **same}
 
     def fromin(group: str) -> str:
@@ -2462,9 +2468,8 @@ def fastmail_rules(account: Account) -> list[JSON]:
         rules.append(rule(group, fromin(group), box, not stay, each.mark_read))
         if stay and group not in stay:
             search = " NOT ".join(map(fromin, [group, *sorted(stay)]))
-            rules.append(rule(f"{group}, no Inbox", search, None, True))
-    strangers = "NOT fromin:contacts"
-    return [*rules, rule("strangers", strangers, account.settings.screener_mailbox, True)]
+            rules.append(rule(f"{group}, no Inbox", search, ""))
+    return [*rules, rule("strangers", "NOT fromin:contacts", account.settings.screener_mailbox)]
 
 
 def write_rules(account: Account, file: str) -> int:
@@ -2487,7 +2492,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: show what the account has and lacks, and make it with `--apply`; the exit
     status, 1 while something is missing. Raises MailroomError."""
     client, contacts = new_clients(settings)
-    account, _ = read_account(settings, client, contacts)
+    account = read_account(settings, client, contacts)
     if options.fastmail_rules:
         return write_rules(account, options.fastmail_rules)
     pushes = "yes" if client.event_source_url else "no, so it is polled"
@@ -2497,7 +2502,7 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
     if left and options.apply:
         options.begun = True
         for need in [need for need, near in account.missing.items() if not near]:
-            thing, why = '{} "{}"'.format(*need), make(need, client, contacts, account)
+            why, thing = make(need, client, contacts, account), f'{need[0]} "{need[1]}"'
             print_lines(settings, f"refused  {thing}: {why}" if why else f"made     {thing}")
             left -= not why
         verdict = "Not all of it could be made" if left else "All is there"
@@ -2508,13 +2513,13 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
 # Reset: Mailroom taken back out of the account ####################################################
 
 
-def plan_reset(cards: Collection[Card], account: Account) -> CardChanges:
+def plan_reset(account: Account) -> CardChanges:
     """Return the changes of cards that undo all triage: groups that Mailroom made go, the user's
     with such names are emptied, and contacts go (see `Account.deletions`)."""
-    groups = [card for card in cards if card.group_name in account.own_names]
+    groups = [card for card in account.cards if card.group_name in account.own_names]
     emptied = {c.ref: CardChange(c, remove=frozenset(c.members)) for c in groups if c.members}
-    contacts = [card for card in cards if not card.is_group]
-    return emptied | account.deletions([*groups, *contacts], cards)
+    contacts = [card for card in account.cards if not card.is_group]
+    return emptied | account.deletions([*groups, *contacts])
 
 
 def take_out(client: JMAPClient, own: Collection[str], account: Account) -> Reasons:
@@ -2542,12 +2547,12 @@ def reset(settings: MailroomSettings, options: argparse.Namespace) -> int:
     """The command: tell what a reset would do, and do it with `--apply` once that is confirmed; the
     exit status. Raises MailroomError."""
     client, contacts = new_clients(settings)
-    account, cards = read_account(settings, client, contacts, None)
+    account = read_account(settings, client, contacts, None)
     if not account.screener:
         raise ConfigurationError(f'there is no mailbox "{settings.screener_mailbox}": make it')
     own = (account.managed | account.marks) - {account.screener}
-    changes, steps = plan_reset(cards, account), dict[str, str]()
-    for card in [card for card in cards if card.ref in changes]:
+    changes, steps = plan_reset(account), dict[str, str]()
+    for card in [card for card in account.cards if card.ref in changes]:
         verb = "delete" if changes[card.ref].deletes else "empty"
         steps[card.ref] = f'{verb} the {"group" if card.is_group else "contact"} "{card.name}"'
     full = [each for each in account.mailboxes if each.id in own and each.total]
@@ -2597,10 +2602,9 @@ COMMANDS = {"run": run, "setup": setup, "reset": reset}
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command and its options."""
-    about = "One tap of a label triages a whole sender. The README lists the settings."
     layout: JSON = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     layout["epilog"] = __doc__[__doc__.index("examples:") :]
-    parser = argparse.ArgumentParser("mailroom.py", description=about, **layout)
+    parser = argparse.ArgumentParser("mailroom.py", description=__doc__.split("\n")[0], **layout)
     parser.add_argument("--version", action="version", version=f"Mailroom {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     flag: JSON = {"action": "store_true"}
@@ -2626,11 +2630,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  (open to the end)
     # Not every terminal knows every letter.
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # The service has its own.
     redact: Callable[[str, int], str] = truncate  # until the secrets are known
     try:
         try:
             options = parse_options(sys.argv[1:] if arguments is None else arguments)
+            if options.command != "run":  # The service stops in good order.
+                signal.signal(signal.SIGINT, lambda *_: os._exit(130))
             settings = MailroomSettings()
             redact = settings.redact
             LOG.handlers[:] = [logging.StreamHandler()]

@@ -190,7 +190,7 @@ def test_no_netrc_and_no_proxy_learns_or_changes_the_credentials(
 
 RUBBISH = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500,
-    b"GET /healthz HTTP/1.1\r\nX: " + b"y" * 200_000,
+    b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 20_000,
     b"POST /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
 ]
 
