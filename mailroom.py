@@ -1591,7 +1591,8 @@ class CardDAVContacts(ContactStore):
         if not fit:
             several = "there are several address books; for this one MAILROOM_CARDDAV_URL="
             none = f"{self._url}: no address book to write. {CARDDAV_REMEDY}"
-            raise ConfigurationError(*[several + url for url in books if not named] or [none])
+            lines = [] if named else [several + url for url in books]
+            raise ConfigurationError(*(lines or [none]))
         if (fit[0], books.keys()) != (self._home, self._tokens.keys()):
             self._home, self._tokens, self._entries = fit[0], books, {}
 

@@ -345,8 +345,19 @@ def test_of_several_address_books_one_has_to_be_named(
     assert ran.status == 2
     for name in ("mine", "other", "shared"):
         assert f"MAILROOM_CARDDAV_URL={url}{name}/" in ran.err
-    between.edit_reply = lambda *_: None
     dav.book.settings["carddav_url"] = f"{url}other"
+
+    def edit(_: Request, reply: Reply) -> None:  # Nobody may write this one.
+        assert isinstance(reply.body, bytes)
+        [start, *parts] = reply.body.partition(b"/alice/other/</href>")
+        here, end, rest = parts[1].partition(b"</response>")
+        here = re.sub(rb"<(/?)(all|write|bind|write-content)\b", rb"<\1read", here)
+        reply.body = start + parts[0] + here + end + rest
+
+    between.edit_reply = edit
+    ran = run(dav, "run", "--once")
+    assert (ran.status, "no address book to write" in ran.err) == (2, True)
+    between.edit_reply = lambda *_: None
     assert run(dav, "setup", "--apply").status == 0
     tap_and_run(dav)
     assert contacts(dav) == []
