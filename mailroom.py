@@ -357,7 +357,8 @@ class MailroomSettings:
             if one.name == other.name:
                 yield f"{CATEGORIES}: {one.name}: the name comes twice"
             elif one.contact_group.casefold() == other.contact_group.casefold() and not are_kin:
-                yield f"{CATEGORIES}: {other.name}: it shares the group of {one.name}"
+                group = other.contact_group
+                yield f"{CATEGORIES}: {other.name}: it shares the group {group} with {one.name}"
 
     def redact(self, text: str, most: int = 0) -> str:
         """Return the text with every secret blotted out, and only then cut to so many characters.

@@ -39,7 +39,7 @@ def test_a_tap_costs_the_same_in_any_account() -> None:
 def test_a_flood_of_events_is_one_cycle_and_the_stream_is_kept() -> None:
     with (
         JMAPServer.with_mailroom_account(Options.fastmail(pings=True, ping_pace=0.01)) as server,
-        running(server, poll_interval=86400, debounce_seconds=0.5, log_level="error") as run,
+        running(server, poll_interval=86400, debounce_seconds=1, log_level="error") as run,
     ):
         server.wait_for(lambda: server.streams)
         run.wait_until_quiet()

@@ -1203,7 +1203,7 @@ class JMAPServer(AbstractContextManager["JMAPServer"]):
     def count(self, what: str) -> int:
         return sum(request.matches(what) for request in self.requests)
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 5) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 20) -> None:
         with gevent.Timeout(seconds, AssertionError(f"waited {seconds} s for {condition}")):
             while not condition():
                 gevent.sleep(0.002)

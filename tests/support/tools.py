@@ -280,7 +280,7 @@ class Running:
     def wait_until_quiet(self) -> None:
         """Lets the service run until it has asked nothing for more than a window."""
         count = -1
-        with gevent.Timeout(10, AssertionError("it never is quiet")):
+        with gevent.Timeout(30, AssertionError("it never is quiet")):
             while count != len(self.server.requests):
                 count = len(self.server.requests)
                 gevent.sleep(self.settings.debounce_seconds + 0.1)
