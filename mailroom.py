@@ -1899,7 +1899,7 @@ def read_account(
 
 AUTHENTICATION = "header:Authentication-Results:asText:all"
 EMAIL_PROPERTIES = ("id", "mailboxIds", "from", "receivedAt", AUTHENTICATION)
-SENDERS_AT_ONCE, SENDERS_IN_CYCLE = 50, 250
+SENDERS_AT_ONCE = 50
 EMAILS_AT_ONCE = 5000
 # Of the Screener, and of what has arrived in the Inbox; and how many are remembered.
 NEWEST, MAX_SEEN = 100, 1000
@@ -1990,24 +1990,27 @@ class Triage:
 
     def run(self) -> Reasons:
         """Run one cycle; {sender: why it failed}. Raises MailroomError if it cannot be finished."""
+        half_time = time.monotonic() + CYCLE_DEADLINE / 2
         emails, left = self._read()
         self._own |= {each.sender for each in emails if each.mailboxes & self._account.outgoing}
         wanted, self._errors = self._account.resolve_labels(emails, self._own)
         fresh = {left[place].sender for place in left.keys() - self._seen.keys()}
         fresh = {who for who in fresh if not is_own(who, {"", *self._own, *wanted})}
-        # In any order: those that are left over are then not always the same.
-        senders = random.sample(sorted(wanted), min(len(wanted), SENDERS_IN_CYCLE))
+        # In any order: where a cycle runs out of time it is then not always for the same.
+        senders = random.sample(sorted(wanted), len(wanted))
         known = [email for email in emails if email.sender in wanted]
         known += [email for email in left.values() if email.sender in fresh]
-        failed = Reasons()
-        for batch in filter(None, [*batched(senders, SENDERS_AT_ONCE), list(fresh)]):
+        failed, is_late = Reasons(), False
+        for batch in filter(None, [list(fresh), *batched(senders, SENDERS_AT_ONCE)]):
             failed |= self._isolated(partial(self._triage, wanted, known), batch, alone=False)
+            if is_late := time.monotonic() > half_time:
+                break
         looked = [place for place in left if left[place].sender in fresh - failed.keys()]
         self._seen |= {place: not place[1] for place in looked if place not in self._seen}
         self._seen = dict(list(self._seen.items())[-MAX_SEEN:])
         going = wanted.keys() - self._errors.keys()
         self._mark(emails, going)
-        is_cut = len(wanted) > len(senders) or len(emails) >= EMAILS_AT_ONCE
+        is_cut = is_late or len(emails) >= EMAILS_AT_ONCE
         self.has_more = is_cut and bool(going - failed.keys()) and not self.say
         return failed
 
