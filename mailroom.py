@@ -31,7 +31,7 @@ exit status:
   1    a fault in the program (with traceback), or an incomplete setup or reset
   2    settings, credentials, or an account that lacks something
   3    `run --once`: a sender could not be triaged, or the server not be reached
-  130  setup or reset: stopped with Ctrl-C
+  130  setup or reset: stopped by Ctrl-C or SIGTERM
   141  whoever read the output has gone
 
 The README lists the settings.
@@ -79,7 +79,7 @@ from functools import cache, partial
 from ipaddress import ip_address
 from itertools import combinations
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import quote, quote_plus, urljoin, urlsplit
+from urllib.parse import quote, quote_plus, unquote, urljoin, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -742,12 +742,17 @@ def needs_of(settings: MailroomSettings) -> list[Need]:
     return list(dict.fromkeys([*needs, ("contact group", settings.provenance_group)]))
 
 
+def own_uids(what: str) -> list[str]:
+    """Return the uids of cards that Mailroom makes for a URI, `mailto:...` or `group:...`: always
+    the same, so that no server makes a card twice. A contact that has been given another address
+    keeps its uid, and its old address needs the next one."""
+    return [str(uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom={n}")) for n in range(9)]
+
+
 def own_uid(what: str, cards: Iterable[Card] = ()) -> str:
-    """Return the uid of a card that Mailroom makes for a URI, `mailto:...` or `group:...`: always
-    the same, so that no server makes a card twice; unless one of the cards has it already, since a
-    contact that has been given another address keeps its uid."""
-    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{what}?mailroom=0"))
-    return str(uuid.uuid4()) if any(uid_key(card.uid) == uid for card in cards) else uid
+    """Return the uid of a new card for a URI: the first that none of the cards has."""
+    taken = {uid_key(card.uid) for card in cards}
+    return next((uid for uid in own_uids(what) if uid not in taken), str(uuid.uuid4()))
 
 
 @dataclass(frozen=True)
@@ -932,8 +937,8 @@ def understood(what: str, hint: str = "") -> Iterator[None]:
 
 @contextmanager
 def unbroken(url: str, trouble: str = ": connection lost") -> Iterator[None]:
-    """While there is a connection: one that breaks is a ServerError, one that nobody could make a
-    ConfigurationError."""
+    """While there is a connection: one that breaks or cannot be made is a ServerError, a URL that
+    is none a ConfigurationError."""
     try:
         yield
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, TypeError):
@@ -1002,9 +1007,10 @@ class HTTPClient:
         """Return what an unwanted reply means. One that speaks of a limit does not refuse the
         credentials, nor does a web page, which some proxy made."""
         status, headers, body, wait = response.status_code, response.headers, b"", 0.0
-        with response, suppress(*BROKEN, *MALFORMED):
-            body = response.raw.read(2**16, decode_content=True)
+        with suppress(*BROKEN, *MALFORMED):
             wait = min(urllib3.Retry().get_retry_after(response.raw) or 0.0, MAX_RETRY_AFTER)
+        with response, suppress(*BROKEN):
+            body = response.raw.read(2**16, decode_content=True)
         said = error_words(headers, body)
         is_limit = status in BUSY and re.search("limit|too many", said, re.IGNORECASE)
         wait = wait or (LIMIT_SECONDS if is_limit else float(status == 429))
@@ -1248,7 +1254,7 @@ class JMAPClient:
         while True:
             with understood(f"{query.type}/query"):
                 values += [v for v in map(query.parse, page[-1]["list"]) if v is not None]
-                ids = page[0].get("ids") or []  # a Mailbox/get has none, and gives all at once
+                ids = page[0]["ids"] if len(page) > 1 else []
                 seen += len(ids)
                 if not ids or seen >= min(query.most, page[0].get("total") or query.most):
                     return values
@@ -1415,7 +1421,7 @@ def made_as(card: Card, addresses: Sequence[str], notes: Sequence[str]) -> list[
     what = f"mailto:{min(card.emails, default='')}"
     if card.is_group:
         kinds, what = ["group"], f"group:{card.name}"
-    return [replace(new, kind=kind) for kind in kinds if uid_key(card.uid) == own_uid(what)]
+    return [replace(new, kind=kind) for kind in kinds if uid_key(card.uid) in own_uids(what)]
 
 
 def jmap_new_card(change: CardChange, address_book: str) -> JSON:
@@ -1608,7 +1614,8 @@ class CardDAVContacts(ContactStore):
             # The expat that Python brings refuses entities that grow without bound.
             answer = ElementTree.fromstring(answered)  # noqa: S314
             for href in answer.iterfind(".//{*}href"):
-                href.text = href.text and urljoin(reply.url, href.text.strip())
+                with suppress(ValueError):  # Most of them are not needed.
+                    href.text = href.text and urljoin(reply.url, href.text.strip())
             return answer
 
     def cards(self, answers: Sequence[JSON], found: Sequence[list[Card]]) -> list[Card]:
@@ -1640,11 +1647,13 @@ class CardDAVContacts(ContactStore):
             answer = self._ask(book, "0", "C:addressbook-multiget", CARD_PROPERTIES, *hrefs)
             for url in urls:
                 self._entries.pop(url, None)
+            asked = {unquote(url): url for url in urls}  # A reply may spell them in another way.
             for url, each in dav_responses(answer).items():
                 if text := dav_text(each, "address-data"):
                     # All lines end alike in XML (section 2.11), and with CRLF in a vCard.
                     text = re.sub("\r?\n|$", "\r\n", text)
-                    self._keep(url, text, dav_text(each, "getetag"), dav_text(each, "creationdate"))
+                    facts = [dav_text(each, name) for name in ("getetag", "creationdate")]
+                    self._keep(asked.get(unquote(url), url), text, *facts)
         self._tokens[book] = token
 
     def _keep(self, url: str, text: str, etag: str, created: str) -> None:
@@ -1711,8 +1720,8 @@ class QuietError(MailroomError):
     """Nothing has come for long. That is routine: on to the next connection, at once."""
 
 
-# How loudly to say that a stream has ended, if it is no warning. What a new attempt will not change
-# soon: the credentials are refused, or, a plain MailroomError, there is no push.
+# How loudly to say that a stream has ended, if it is no warning. The first two no new attempt will
+# change soon: the credentials are refused, or there is no push, a plain MailroomError.
 LEVEL_OF = {CredentialsError: logging.ERROR, MailroomError: logging.INFO, QuietError: logging.DEBUG}
 
 
@@ -2007,7 +2016,6 @@ class Triage:
                 break
         looked = [place for place in left if left[place].sender in fresh - failed.keys()]
         self._seen |= {place: not place[1] for place in looked if place not in self._seen}
-        self._seen = dict(list(self._seen.items())[-MAX_SEEN:])
         going = wanted.keys() - self._errors.keys()
         self._mark(emails, going)
         is_cut = is_late or len(emails) >= EMAILS_AT_ONCE
@@ -2078,6 +2086,7 @@ class Triage:
         """Triage some senders, and file what has arrived from others; {sender: why it failed}. A
         search is trusted when it finds the labelled messages that are known; if not, the next one
         is tried, and at last the mailboxes are listed."""
+        self._seen = dict(list(self._seen.items())[-MAX_SEEN:])
         account = self._account
         # A label may have gone while the server was out of reach.
         senders = [who for who in senders if wanted.get(who, "") in {"", *account.labels}]
@@ -2229,8 +2238,9 @@ METRICS = {
 
 class Health:
     """What the service can say of itself. `samples`: of the metrics, by names without prefix;
-    `is_down`: the last cycle failed as a whole; `is_refused`: so are the credentials. Until a cycle
-    has succeeded, which is what `last_trigger` tells, the start counts as the last success."""
+    `is_down`: the last cycle failed as a whole; `is_refused`: the credentials were refused, and no
+    cycle has succeeded since; `last_success`: the start, until one has, and `last_trigger` is empty
+    until then."""
 
     def __init__(self, settings: MailroomSettings) -> None:
         self.stream = StreamStatus()
@@ -2345,6 +2355,8 @@ class Service:
         if self.shutdown.is_set():
             LOG.info("stopped")
             return 0
+        if not self._once:
+            raise RuntimeError("a greenlet has ended")
         return 3 if self.health.consecutive_failures else 0
 
     def _serve_health(self) -> None:
@@ -2624,7 +2636,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     each = commands.add_parser("reset", help="show what taking Mailroom out would do")
     each.add_argument("--apply", help="do it, once you have confirmed it", **flag)
     each.add_argument("--yes", help="do it without asking", **flag)
-    is_bare = not arguments or arguments[0] in ("--once", "--dry-run")
+    is_bare = not arguments or arguments[0].startswith(("--o", "--d"))
     return parser.parse_args(["run", *arguments] if is_bare else arguments)
 
 
@@ -2639,8 +2651,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse_options(sys.argv[1:] if arguments is None else arguments)
-            if options.command != "run":  # The service stops in good order.
-                signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if options.command != "run":  # The service stops in good order.
+                    signal.signal(number, lambda *_: os._exit(130))
             settings = MailroomSettings()
             redact = settings.redact
             LOG.handlers[:] = [logging.StreamHandler()]

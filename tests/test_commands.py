@@ -262,14 +262,17 @@ def test_when_no_one_reads_on_a_reset_stops_and_the_next_goes_on(home: EmbeddedH
     assert set(map(frozenset, home.where().values())) == {frozenset({"Screener"})}
 
 
+@pytest.mark.parametrize("typed", ["\x03", ""])
 @pytest.mark.parametrize("arguments", [("setup", "--apply"), (*RESET, "--yes"), ("run", "--once")])
-def test_who_is_interrupted_ends_quietly(home: EmbeddedHome, arguments: tuple[str, ...]) -> None:
-    """A single cycle has then stopped as it was asked to."""
+def test_who_is_interrupted_ends_quietly(
+    home: EmbeddedHome, arguments: tuple[str, ...], typed: str
+) -> None:
+    """Or gets a SIGTERM. A single cycle has then stopped as it was asked to."""
     hang = Fault(times=FOREVER, hang=True)
     home.mail.faults = [hang]
     terminal = Terminal(home, *arguments)
     home.mail.wait_for(lambda: hang.fired, 20)
-    terminal.type("\x03")
+    terminal.type(typed) if typed else terminal.program.terminate()
     status, end = (0, r"(.*stopped\n)?") if "run" in arguments else (130, "")
     assert terminal.status() == status
     assert re.fullmatch(rf"(\^C)?{end}", terminal.read())

@@ -168,12 +168,14 @@ def test_a_failure_is_logged_once_an_hour(monkeypatch: pytest.MonkeyPatch) -> No
 
 LIMIT: JSON = {"type": "rateLimit", "description": "wait for 90 seconds"}
 DOWN: JSON = {"status": 500, "times": FOREVER}
+WAIT = {"Retry-After": "120"}
 PAUSES: dict[str, tuple[Fault, list[float], JSON]] = {
     # what fails, for how long the server is then left alone, and settings
     "ever longer": (Fault(**DOWN), [1, 2, 4, 8, 16, 32, 60, 60], {}),
     "as often as it polls": (Fault(**DOWN), [1, 2, 3, 3], {"poll_interval": 3}),
     "a refused token": (Fault(status=401, times=FOREVER), [60, 60], {}),
-    "Retry-After": (Fault(status=503, headers={"Retry-After": "120"}), [120], {}),
+    "Retry-After": (Fault(status=503, headers=WAIT), [120], {}),
+    "cut off": (Fault(status=503, headers=WAIT, body=b"x" * 99, truncate=9), [120], {}),
     "far away": (Fault(status=429, headers={"Retry-After": "86400"}), [600], {}),
     "of a method": (Fault(errors={"Email/query": LIMIT}), [90], {}),
     "of one object": (Fault("Email/set", refuse={"*": LIMIT}), [90], {}),
