@@ -77,7 +77,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from functools import cache, partial
 from ipaddress import ip_address
-from itertools import combinations
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote, quote_plus, unquote, urljoin, urlsplit
 from xml.etree import ElementTree
@@ -343,22 +342,22 @@ class MailroomSettings:
         names += [(PREFIX + k.upper(), v) for k, v in vars(self).items() if k.startswith(NAMES)]
         names += [(f"{CATEGORIES} (label of {each.name})", each.label) for each in categories]
         owners = {name.casefold(): what for what, name in reversed(names)}
-        for each in categories:  # These may share a name, but not with one of the former.
-            where = f"{CATEGORIES}: {each.name}"
+        first = {each.contact_group.casefold(): each for each in reversed(categories)}
+        for n, each in enumerate(categories):
+            where, line = f"{CATEGORIES}: {each.name}", [each, *ancestors(each, categories)]
+            # These may share a name, but not with one of the former.
             names += [(where, each.destination_mailbox), (where, each.contact_group)]
-            if parent := [each, *ancestors(each, categories)][-1].parent:
+            if parent := line[-1].parent:
                 yield f"{where}: there is no parent {parent}, or it is its own ancestor"
+            if any(each.name == other.name for other in categories[:n]):
+                yield f"{where}: the name comes twice"
+            other = first[each.contact_group.casefold()]
+            if other not in line and each not in ancestors(other, categories):
+                yield f"{where}: it shares the group {each.contact_group} with {other.name}"
         for what, name in dict.fromkeys(names):
             owner = owners.get(name.casefold(), what)
             if owner != what:
                 yield f"{what}: the name {name!r} is taken by {owner}"
-        for one, other in combinations(categories, 2):
-            are_kin = one in ancestors(other, categories) or other in ancestors(one, categories)
-            if one.name == other.name:
-                yield f"{CATEGORIES}: {one.name}: the name comes twice"
-            elif one.contact_group.casefold() == other.contact_group.casefold() and not are_kin:
-                group = other.contact_group
-                yield f"{CATEGORIES}: {other.name}: it shares the group {group} with {one.name}"
 
     def redact(self, text: str, most: int = 0) -> str:
         """Return the text with every secret blotted out, and only then cut to so many characters.
@@ -615,7 +614,7 @@ class Account:
     `groups`: those in Mailroom's address book, by name; `labels`: {id: its category}, that of undo
     among them; `destinations`: {category's name: id}; `outgoing`: the mailboxes with the role sent
     or drafts; `own_names`: of the groups that are Mailroom's; `missing`: {need: a near name, or
-    empty}."""
+    empty}; `cards`: the groups, and the contacts that were asked for."""
 
     def __init__(self, settings: MailroomSettings, boxes: list[Mailbox], cards: list[Card]) -> None:
         self.settings, self.mailboxes, self.cards = settings, boxes, cards
@@ -661,7 +660,7 @@ class Account:
         if not self.inbox:
             lines.append("the account has no mailbox with the role of the Inbox")
         labelled = [self.family(each) for each in self.labels.values() if not each.undoes]
-        if not self.screener or all(self.lacks(needs_for(line)) for line in labelled):
+        if not self.screener or all(self.lacks(filing_needs(line)) for line in labelled):
             lines.append(f"the account has no {self.lacks(self.missing)}: `setup --apply` makes it")
         if lines:
             raise ConfigurationError(*lines)
@@ -689,10 +688,12 @@ class Account:
         return {who: min(asked[who]) for who in asked if asked[who] and who not in wrong}, wrong
 
     def contacts_of(self, address: str) -> list[Card]:
-        """Return the contacts with this address: those in a group of Mailroom's before others, then
+        """Return the contacts with this address: those in a category's group before others, then
         the oldest."""
         found = [card for card in self.cards if address in card.emails and not card.is_group]
-        return sorted(found, key=lambda c: (not any(self.leaves([c])), c.created or "~", c.uid))
+        made = {self.settings.provenance_group}
+        held = {c.ref for c in found if {change.name for change in self.leaves([c])} - made}
+        return sorted(found, key=lambda c: (c.ref not in held, c.created or "~", c.uid))
 
     def leaves(self, contacts: Iterable[Card]) -> Iterator[CardChange]:
         """Yield the changes that take contacts out of all groups of Mailroom's."""
@@ -726,7 +727,7 @@ def is_own(address: str, own: Set[str]) -> bool:
     return not own.isdisjoint({address, f"*@{address.rpartition('@')[2]}"})
 
 
-def needs_for(categories: Iterable[Category]) -> Iterator[Need]:
+def filing_needs(categories: Iterable[Category]) -> Iterator[Need]:
     """Yield what categories file with."""
     for each in categories:
         yield from (("mailbox", each.destination_mailbox), ("contact group", each.contact_group))
@@ -736,7 +737,7 @@ def needs_of(settings: MailroomSettings) -> list[Need]:
     """Return what the account has to have beside the Inbox."""
     needs = [("mailbox", settings.screener_mailbox)]
     for each in settings.triage_categories:
-        needs += [("label", each.label), *needs_for([each])]
+        needs += [("label", each.label), *filing_needs([each])]
     needs += [("label", settings.label_undo), ("label", settings.label_mailroom_error)]
     needs += [("label", settings.label_mailroom_warning)] if settings.warnings_enabled else []
     return list(dict.fromkeys([*needs, ("contact group", settings.provenance_group)]))
@@ -810,7 +811,7 @@ class SenderPlan:
     def complete(self, today: str) -> "SenderPlan":
         """Return the plan with what to do about contacts and groups."""
         account, undoes = self.account, self.category.undoes
-        if lacking := account.lacks(needs_for(account.family(self.category))):
+        if lacking := account.lacks(filing_needs(account.family(self.category))):
             return replace(self, error=f"the account has no {lacking}")
         if any(email.mailboxes & account.outgoing for email in self.emails):
             return replace(self, error=IS_THE_USER)
@@ -820,7 +821,7 @@ class SenderPlan:
         # Where there is no contact its uid may have been left behind in groups.
         what = f"mailto:{self.sender}"
         contact = contacts[0] if contacts else Card("", own_uid(what, account.cards))
-        held = list(account.leaves(contacts or [contact]))
+        held = list(account.leaves(contacts if undoes and contacts else [contact]))
         own_group = account.settings.provenance_group
         names = {each.contact_group for each in account.family(self.category)}
         keeps = set() if undoes else {*names, own_group}
@@ -1933,7 +1934,7 @@ def parse_email(raw: JSON, senders: Collection[str] = ()) -> Email | None:
     if senders and sender not in senders:
         return None
     # The receiving server's own comes first; what is below may be the sender's.
-    results = "".join((raw.get(AUTHENTICATION) or [])[:1])
+    results = str((raw.get(AUTHENTICATION) or [""])[0])
     is_forged = bool(re.search(r"(?i)\bdmarc\s*=\s*fail\b", results))
     name, address = one_line(author.get("name") or "")[:MAX_NAME], author["email"].strip(BLANKS)
     boxes = frozenset(box for box, there in raw["mailboxIds"].items() if there)
@@ -2000,26 +2001,28 @@ class Triage:
     def run(self) -> Reasons:
         """Run one cycle; {sender: why it failed}. Raises MailroomError if it cannot be finished."""
         half_time = time.monotonic() + CYCLE_DEADLINE / 2
-        emails, left = self._read()
+        emails, arrived = self._read()
         self._own |= {each.sender for each in emails if each.mailboxes & self._account.outgoing}
         wanted, self._errors = self._account.resolve_labels(emails, self._own)
-        fresh = {left[place].sender for place in left.keys() - self._seen.keys()}
+        fresh = {arrived[place].sender for place in arrived.keys() - self._seen.keys()}
         fresh = {who for who in fresh if not is_own(who, {"", *self._own, *wanted})}
         # In any order: where a cycle runs out of time it is then not always for the same.
         senders = random.sample(sorted(wanted), len(wanted))
-        known = [email for email in emails if email.sender in wanted]
-        known += [email for email in left.values() if email.sender in fresh]
-        failed, is_late = Reasons(), False
-        for batch in filter(None, [list(fresh), *batched(senders, SENDERS_AT_ONCE)]):
-            failed |= self._isolated(partial(self._triage, wanted, known), batch, alone=False)
+        messages = [email for email in emails if email.sender in wanted]
+        messages += [email for email in arrived.values() if email.sender in fresh]
+        failed, is_late, attempt = Reasons(), False, partial(self._triage, wanted, messages)
+        for batch in batched(senders, SENDERS_AT_ONCE):
             if is_late := time.monotonic() > half_time:
                 break
-        looked = [place for place in left if left[place].sender in fresh - failed.keys()]
-        self._seen |= {place: not place[1] for place in looked if place not in self._seen}
+            failed |= self._isolated(attempt, batch, alone=False)
         going = wanted.keys() - self._errors.keys()
         self._mark(emails, going)
         is_cut = is_late or len(emails) >= EMAILS_AT_ONCE
         self.has_more = is_cut and bool(going - failed.keys()) and not self.say
+        # Last, so that no arrival holds up a tap.
+        failed |= self._isolated(attempt, list(fresh), alone=False) if fresh else {}
+        looked = [place for place in arrived if arrived[place].sender in fresh - failed.keys()]
+        self._seen |= {place: not place[1] for place in looked if place not in self._seen}
         return failed
 
     def _connect(self) -> None:
@@ -2034,7 +2037,12 @@ class Triage:
         if (lacking := account.lacks(account.missing)) != self._lacking:
             there = f"no {lacking}: see `setup`" if lacking else "all that it needs"
             LOG.warning(f"the account has {there}")
+            self._forget()
         self._lacking, self._account = lacking, account
+
+    def _forget(self) -> None:
+        """Look again at what waits in the Screener."""
+        self._seen = {key: True for key, is_final in self._seen.items() if is_final}
 
     def _read(self) -> tuple[list[Email], dict[tuple[str, bool], Email]]:
         """Return the messages under a triage label or the error label, and those without one that
@@ -2043,7 +2051,7 @@ class Triage:
         before the messages are read again."""
         if self.client.stale:
             self._connect()
-        lacking, account = self._lacking, self._account
+        account = self._account
         queries = [MAILBOXES, emails_where(in_any(account.queue), EMAILS_AT_ONCE)]
         queries.append(emails_where(in_any([account.screener]), NEWEST))
         recent = {"inMailbox": account.inbox, "after": self._start, "notKeyword": "$flagged"}
@@ -2051,20 +2059,20 @@ class Triage:
         calls, _ = self.contacts.questions(())
         answers, [mailboxes, emails, *found] = self.client.fetch(queries, calls)
         self._take(Account(self.settings, parse_mailboxes(mailboxes), account.cards))
-        if self._account.queue != account.queue:
+        if (self._account.queue, self._account.screener) != (account.queue, account.screener):
             return self._read()
         totals = {each.id: each.total for each in self._account.mailboxes}
         self.samples["screener_messages"] = totals.get(account.screener, 0)
         self.samples["error_messages"] = totals.get(account.error, 0)
-        if lacking != self._lacking or self.contacts.has_changed(answers):
-            self._seen = {key: True for key, is_final in self._seen.items() if is_final}
-        left = {}
+        if self.contacts.has_changed(answers):
+            self._forget()
+        arrived = {}
         for email in [email for part in found for email in part]:
             place = email.id, account.screener in email.mailboxes
             is_waiting = place[1] and not email.mailboxes & account.marks
             if (is_waiting or email.mailboxes == {account.inbox}) and not self._seen.get(place):
-                left[place] = email
-        return emails, left
+                arrived[place] = email
+        return emails, arrived
 
     def _isolated(self, attempt: partial[Reasons], senders: list[str], alone: bool) -> Reasons:
         """Do something for some senders; {sender: why it failed}. When that fails and the server is
@@ -2075,15 +2083,15 @@ class Triage:
         except ServerError as error:
             if error.retry_after:
                 raise
-            if not error.answered:
-                self._connect()  # It raises when it is the server that is at fault.
             if alone:
                 return {senders[0]: str(error)}
+            if not error.answered:
+                self._connect()  # It raises when it is the server that is at fault.
         parts = [self._isolated(attempt, [sender], alone=True) for sender in senders]
         return {sender: why for part in parts for sender, why in part.items()}
 
-    def _triage(self, wanted: dict[str, str], known: list[Email], senders: list[str]) -> Reasons:
-        """Triage some senders, and file what has arrived from others; {sender: why it failed}. A
+    def _triage(self, wanted: dict[str, str], messages: list[Email], senders: list[str]) -> Reasons:
+        """Triage some senders, or file what has arrived from them; {sender: why it failed}. A
         search is trusted when it finds the labelled messages that are known; if not, the next one
         is tried, and at last the mailboxes are listed."""
         self._seen = dict(list(self._seen.items())[-MAX_SEEN:])
@@ -2092,7 +2100,7 @@ class Triage:
         senders = [who for who in senders if wanted.get(who, "") in {"", *account.labels}]
         boxes = account.managed.union(account.labels, account.outgoing)
         places = {who: boxes for who in senders if who in wanted}
-        emails = {email.id: email for email in known if email.sender in senders}
+        emails = {email.id: email for email in messages if email.sender in senders}
         tapped = {id_ for id_ in emails if emails[id_].mailboxes & account.labels.keys()}
         calls, questions = self.contacts.questions(senders)
         for condition in CONDITIONS:
@@ -2120,6 +2128,8 @@ class Triage:
                 names = ", ".join(each.name for each in categories)
                 LOG.info("left alone: in several groups", extra=fields(sender=who, groups=names))
             elif categories:
+                if not label and categories[0].undoes:  # In the Screener strangers are right.
+                    own = [email for email in own if self._account.inbox in email.mailboxes]
                 plans.append(SenderPlan(who, categories[0], self._account, own, label))
         return self._carry_out([plan for plan in plans if plan.tapped or not plan.label], condition)
 
@@ -2154,7 +2164,8 @@ class Triage:
         for plan in plans:
             event = "triage undone" if plan.category.undoes else "sender triaged"
             by_rule = "screened" if plan.category.undoes else "known_sender"
-            counts["tap" if plan.label else by_rule] += filed[plan.sender]
+            how = "tap" if plan.label else by_rule
+            counts[how] += 0 if plan.sender in failed else filed[plan.sender]
             if plan.label and plan.sender not in failed:
                 self.samples[f"senders_{event.split()[1]}_total"] += 1
                 level = logging.WARNING if plan.warning else logging.INFO
@@ -2193,9 +2204,9 @@ class Triage:
         back = [emails[id_].sender for id_ in patches if patches[id_]]
         return failed | dict.fromkeys(back, "its messages keep coming back"), filed
 
-    def _mark(self, emails: Iterable[Email], filed: Collection[str]) -> None:
+    def _mark(self, emails: Iterable[Email], going: Collection[str]) -> None:
         """Put the error label on tapped messages with an error and take it off others, but for the
-        senders that were filed; and take the labels off what the user sent."""
+        senders that a tap is carried out for; and take the labels off what the user sent."""
         account, patches, marked = self._account, dict[str, Patch](), Reasons()
         for email in emails:
             if email.mailboxes & account.outgoing:
@@ -2203,7 +2214,7 @@ class Triage:
             elif email.sender in self._errors and email.mailboxes & account.labels.keys():
                 if patch := email.patch([account.error], []):
                     patches[email.id], marked[email.id] = patch, self._errors[email.sender]
-            elif email.sender not in filed:
+            elif email.sender not in going:
                 patches[email.id] = email.patch([], [account.error])
         if self.say:
             for id_, why in marked.items():
@@ -2531,8 +2542,8 @@ def setup(settings: MailroomSettings, options: argparse.Namespace) -> int:
 
 
 def plan_reset(account: Account) -> CardChanges:
-    """Return the changes of cards that undo all triage: groups that Mailroom made go, the user's
-    with such names are emptied, and contacts go (see `Account.deletions`)."""
+    """Return the changes of cards that undo all triage: Mailroom's own groups and contacts go (see
+    `Account.deletions`), and the user's groups with such names are emptied."""
     groups = [card for card in account.cards if card.group_name in account.own_names]
     emptied = {c.ref: CardChange(c, remove=frozenset(c.members)) for c in groups if c.members}
     contacts = [card for card in account.cards if not card.is_group]

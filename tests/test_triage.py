@@ -524,3 +524,17 @@ def test_an_account_that_cannot_be_used(gone: str, changes: JSON, said: str) -> 
             new_triage(settings_for(server)).run()
         assert len(caught.value.problems) == 1
         assert server.writes == []
+
+
+@every_server
+def test_of_two_contacts_with_one_address_the_other_stays_in_its_groups(options: Make) -> None:
+    with Scene(options()) as scene:
+        for name, group in (("ann", "Feed"), ("bob", "Jail")):
+            emails = {n: {"address": f"{n}@x.example"} for n in (name, "family")}
+            card = scene.account.new_card({"name": {"full": name}, "emails": emails})
+            scene.account.join_group(group, card)
+        mails = tapped(scene, sender="family@x.example")
+        assert scene.cycle() == {}
+        assert scene.boxes(mails) == [{"Feed"}] * len(mails)
+        assert scene.account.groups_of("bob@x.example") == {"Jail"}
+        scene.account.remove_card(card)  # at the end no address may have two contacts

@@ -12,11 +12,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
 from ports import free_port
-from real_server import STOP_DEADLINE, RealServer, UnavailableError, http_session, vcards
+from real_server import STOP_DEADLINE, RealServer, UnavailableError, http_session
 
 # Radicale syncs every write to the disk, which nothing here needs.
 IN_MEMORY = Path("/dev/shm")  # noqa: S108  (the directories in it are mkdtemp's)
@@ -83,17 +82,6 @@ class RadicaleServer(RealServer):
         url = f"{self.url}{self.username}/{name}/"
         self._request("MKCOL", url, MAKE_ADDRESS_BOOK.format(name=name))
         return url
-
-    def put(self, name: str, vcard: str) -> None:
-        self._request("PUT", self.addressbook_url + name, vcard)
-
-    def delete(self, name: str) -> None:
-        self._request("DELETE", self.addressbook_url + name)
-
-    def cards(self) -> dict[str, bytes]:
-        """Every card by its path, exactly as a GET of it answers."""
-        urls = vcards(self.http, self.addressbook_url, (self.username, self.password))
-        return {urlsplit(url).path: self._request("GET", url).content for url in urls}
 
     def _request(self, method: str, url: str, body: str = "") -> requests.Response:
         response = self.http.request(method, url, data=body.encode(), timeout=10)
