@@ -264,9 +264,7 @@ def test_when_no_one_reads_on_a_reset_stops_and_the_next_goes_on(home: EmbeddedH
 
 @pytest.mark.parametrize("typed", ["\x03", ""])
 @pytest.mark.parametrize("arguments", [("setup", "--apply"), (*RESET, "--yes"), ("run", "--once")])
-def test_who_is_interrupted_ends_quietly(
-    home: EmbeddedHome, arguments: tuple[str, ...], typed: str
-) -> None:
+def test_interrupted_it_ends_quietly(home: EmbeddedHome, arguments: Any, typed: str) -> None:
     """Or gets a SIGTERM. A single cycle has then stopped as it was asked to."""
     hang = Fault(times=FOREVER, hang=True)
     home.mail.faults = [hang]

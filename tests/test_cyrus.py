@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import date
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from books import Seen, cyrus_book
 from cyrus_server import CyrusServer, CyrusUser
 from fault_proxy import FaultProxy
 from processes import Program, program, wait_for
-from worlds import labels_in
 
 pytestmark = pytest.mark.cyrus
 
 CATEGORIES = ("Imbox", "Feed", "Paper Trail", "Jail", "Person", "Billboard", "Truck")
+LABELS = ["@To" + name.replace(" ", "") for name in CATEGORIES]
+OTHERS = ("Screener", "@MailroomError", "@MailroomWarning")
+TODAY = date.today().isoformat()
 BOB = "bob@shop.example"
 
 
@@ -33,7 +35,6 @@ class Home:
         self.user = CyrusUser(server, self.book.login[0])
         self.user.http.auth = None
         self.user.create_mailbox("Mine")
-        self.delivered: set[str] = set()
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -43,7 +44,6 @@ class Home:
 
     def deliver(self, sender: str | None, subject: str, mailbox: str = "Screener") -> str:
         self.user.deliver(sender, mailbox, subject)
-        self.delivered.add(subject)
         return subject
 
     def tap(self, subject: str, *labels: str) -> None:
@@ -66,10 +66,11 @@ class Account(Home):
 
     def __init__(self, server: CyrusServer) -> None:
         super().__init__(server)
-        ran = homes.run(self, "setup", "--apply")
-        assert ran.status == 0, ran
-        for role in ("Trash", "Junk"):
-            self.user.create_mailbox(role, role.lower())
+        self.groups = {name: self.book.add_group(name) for name in (*CATEGORIES, "Mailroom")}
+        wanted = {name: {"name": name} for name in (*OTHERS, *CATEGORIES, *LABELS)}
+        wanted |= {role: {"name": role, "role": role.lower()} for role in ("Trash", "Junk")}
+        [[_, answer, _]] = self.user.jmap([["Mailbox/set", {"create": wanted}, "0"]])
+        assert answer["created"].keys() == wanted.keys(), answer
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -79,9 +80,11 @@ class Account(Home):
     def contacts(self) -> dict[str, tuple[Seen, set[str]]]:
         """Each contact by an address, with the groups it is in."""
         seen = self.book.seen()
-        groups = [card for card in seen.values() if card.kind == "group"]
         return {
-            min(card.emails): (card, {group.name for group in groups if uid in group.members})
+            min(card.emails): (
+                card,
+                {name for name, group in self.groups.items() if uid in seen[group].members},
+            )
             for uid, card in seen.items()
             if card.kind != "group"
         }
@@ -108,8 +111,15 @@ on_each = pytest.mark.parametrize("account", KINDS, indirect=True)
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Callable[[str], CyrusServer]]:
     """A Cyrus of each kind, started when it is first asked for."""
+    running: dict[str, CyrusServer] = {}
     with ExitStack() as stack:
-        yield cache(lambda kind: stack.enter_context(CyrusServer(**KINDS[kind])))
+
+        def get(kind: str) -> CyrusServer:
+            if kind not in running:
+                running[kind] = stack.enter_context(CyrusServer(**KINDS[kind]))
+            return running[kind]
+
+        yield get
 
 
 @pytest.fixture
@@ -119,9 +129,24 @@ def account(
     """Without a search index, Cyrus' default, if not told otherwise. At its end no mail may be
     gone that was delivered."""
     account = Account(servers(getattr(request, "param", "no index")))
+    delivered: list[str] = []
+    account.user.deliver = watched(account.user.deliver, delivered)  # type: ignore[method-assign]
     yield account
-    assert account.where().keys() == account.delivered, "mails were lost"
+    assert account.where().keys() == set(delivered), "mails were lost"
     assert all(account.where().values())
+
+
+def noted(name: str) -> str:
+    """The note of a contact that Mailroom has made today."""
+    return f'Created by Mailroom on {TODAY} as "{name}"'
+
+
+def watched(deliver: Callable[..., str], delivered: list[str]) -> Callable[..., str]:
+    def note(sender: str | None, mailbox: str = "INBOX", subject: str = "Hello") -> str:
+        delivered.append(subject)
+        return deliver(sender, mailbox, subject)
+
+    return note
 
 
 @pytest.fixture
@@ -143,32 +168,41 @@ def running(account: Account, tmp_path: Path) -> Iterator[Program]:
 
 def settle(account: Account, running: Program) -> None:
     """Wait until no triage label is left on any mail, and the cycle that saw to it is over."""
-    wait_for(lambda: not any(map(labels_in, account.where().values())), running.output.read_text)
+    labels = {*LABELS}
+    wait_for(
+        lambda: not any(boxes & labels for boxes in account.where().values()),
+        running.output.read_text,
+    )
     running.wait_for_cycles(1)
 
 
 @on_each
 def test_one_tap_triages_a_new_sender(account: Account, running: Program) -> None:
-    mails: dict[str, tuple[str | None, str, str]] = {
-        # subject: the sender, the mailbox it arrives in (INBOX: the Inbox), and where it is then
-        "tapped": ("Bob Smith <Bob@shop.example>", "Screener", "Feed"),
-        "older one": (f'"Bob, the shop" <{BOB}>', "Screener", "Feed"),
-        "encoded": (f"=?utf-8?q?B=C3=B6b?= <{BOB}>", "Screener", "Feed"),
-        "read long ago": (f"Bob <{BOB}>", "INBOX", "Inbox"),
-        "in my own folder": (f"Bob <{BOB}>", "Mine", "Mine"),
-        "in the trash": (f"Bob <{BOB}>", "Trash", "Trash"),
-        "junk": (f"Bob <{BOB}>", "Junk", "Junk"),
-        "longer address": ("Bob <bob@shop.example.org>", "Screener", "Screener"),
-        "his address as a name": (f'"{BOB}" <eve@other.example>', "Screener", "Screener"),
-        "without a sender": (None, "Screener", "Screener"),
-    }
-    for subject, (sender, mailbox, _) in mails.items():
-        account.deliver(sender, subject, mailbox)
+    account.deliver("Bob Smith <Bob@shop.example>", "tapped")
+    account.deliver(f'"Bob, the shop" <{BOB}>', "older one")
+    account.deliver(f"=?utf-8?q?B=C3=B6b?= <{BOB}>", "encoded")
+    account.deliver(f"Bob <{BOB}>", "read long ago", "INBOX")
+    account.deliver(f"Bob <{BOB}>", "in my own folder", "Mine")
+    account.deliver(f"Bob <{BOB}>", "in the trash", "Trash")
+    account.deliver(f"Bob <{BOB}>", "junk", "Junk")
+    account.deliver("Bob <bob@shop.example.org>", "longer address")
+    account.deliver(f'"{BOB}" <eve@other.example>', "his address as a name")
+    account.deliver(None, "without a sender")
     account.tap("tapped", "@ToFeed")
     settle(account, running)
-    assert account.where() == {subject: {filed} for subject, (*_, filed) in mails.items()}
-    note = f'Created by Mailroom on {date.today().isoformat()} as "Bob Smith"'
-    seen = Seen("Bob Smith", frozenset({"Bob@shop.example"}), note, "company")
+    assert account.where() == {
+        "tapped": {"Feed"},
+        "older one": {"Feed"},
+        "encoded": {"Feed"},
+        "read long ago": {"Inbox"},
+        "in my own folder": {"Mine"},
+        "in the trash": {"Trash"},
+        "junk": {"Junk"},
+        "longer address": {"Screener"},
+        "his address as a name": {"Screener"},
+        "without a sender": {"Screener"},
+    }
+    seen = Seen("Bob Smith", frozenset({"Bob@shop.example"}), noted("Bob Smith"), "company")
     assert account.contacts() == {"Bob@shop.example": (seen, {"Feed", "Mailroom"})}
     [line] = running.logged("^sender triaged$")
     assert (line["sender"], line["messages_filed"]) == (BOB, 3)
@@ -261,6 +295,32 @@ def test_many_senders_at_once_and_what_was_tapped_while_it_was_down(
         for number in range(3):
             assert account.where()[f"{address} {number}"] == {category} | inbox
         assert account.groups_of(address) == {category, "Mailroom"}
+
+
+def test_it_survives_a_kill_at_any_time(account: Account, tmp_path: Path) -> None:
+    """Killed as soon as the first trace of each step is seen, it still gets there, and makes
+    nothing twice."""
+    for n in range(4):
+        account.deliver(f"Bob <bob{n}@shop.example>", f"mail {n}")
+        account.tap(f"mail {n}", "@ToFeed")
+    traces: list[Callable[[], object]] = [
+        account.contacts,
+        lambda: any(groups for _, groups in account.contacts().values()),
+        lambda: any("Feed" in boxes for boxes in account.where().values()),
+        lambda: any({"Feed"} == boxes for boxes in account.where().values()),
+    ]
+    for trace in traces:
+        with program(tmp_path / "killed", **account.settings):
+            wait_for(trace)
+    with program(tmp_path / "log", **account.settings) as running:
+        settle(account, running)
+        assert running.stop() == 0
+    assert account.where() == {f"mail {n}": {"Feed"} for n in range(4)}
+    contacts = account.contacts()
+    assert contacts.keys() == {f"bob{n}@shop.example" for n in range(4)}
+    for seen, groups in contacts.values():
+        assert groups == {"Feed", "Mailroom"}
+        assert seen.note == noted("Bob")
 
 
 def test_cyrus_may_be_away_at_first_and_later(account: Account, tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""The embedded JMAP server keeps a real server's rules, and breaks them only as it is told.
-
-What is here is what no other test would notice: contacts, streams, faults and bad habits. That it
+"""The embedded JMAP server keeps a real server's rules, and breaks them only as it is told. That it
 reads and writes mail as a Cyrus does is in test_parity.py."""
 
 import itertools
@@ -10,7 +8,7 @@ from typing import Any
 import gevent
 import pytest
 import requests
-from jmap_server import CONTACTS, CORE, FOREVER, JSON, MAIL, SUBMISSION, Fault, JMAPServer, Options
+from jmap_server import CONTACTS, CORE, FOREVER, JSON, MAIL, SUBMISSION, Fault, JMAPServer
 from real_server import http_session
 
 USING = [CORE, MAIL, SUBMISSION, CONTACTS]
@@ -117,21 +115,6 @@ def test_only_good_cards_are_created_and_only_members_changed(client: Client) ->
     update = {group: {"members/u1": True}}
     refused = client.set("ContactCard", update=update, create={"k": good}, destroy=[group])
     assert {one["type"] for one in refused.values()} == {"forbidden"}
-
-
-@pytest.mark.parametrize(
-    ("options", "start"),
-    [
-        (Options.fastmail(), b"event: state"),
-        (Options.cyrus(stream_life=0.05), None),
-        (Options.stalwart(ping_pace=0.01), b"event: ping"),
-    ],
-)
-def test_servers_have_their_own_streams(options: Options, start: bytes | None) -> None:
-    with JMAPServer(options) as server, gevent.Timeout(5):
-        url = f"{server.origin}/jmap/event/?types=*&ping=30"
-        lines = Client(server).http.get(url, stream=True).iter_lines(chunk_size=1)
-        assert next(lines, None) == start
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ tap was carried out exactly once."""
 
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 from random import Random
-from subprocess import Popen
+from typing import NamedTuple
 
 import gevent
 from jmap_server import JSON, Fault, JMAPServer, Options
@@ -44,13 +45,16 @@ class Week:
     def __init__(self, server: JMAPServer) -> None:
         self.counts = Counter(taps=0, events=0, reconnects=0, faults=0)
         self.removed: set[str] = set()
-        self.untapped: Counter[str] = Counter()  # how often Mailroom took a label off each mail
+        self.untapped: Counter[str] = Counter()
+        """How often Mailroom took a triage label off each mail."""
         self._server, self._account = server, server.account
         self._random = Random(7)  # noqa: S311  (a course of events, not a secret)
         self._pending: dict[str, tuple[str, mailroom.Category]] = {}
         self._filed: dict[str, tuple[str, mailroom.Category]] = {}
         emails = server.kinds["Email"]
-        self._update, emails.update = emails.update, self._watched
+        self._update = emails.update
+        # It is only looked at.
+        emails.update = self._watched
 
     def _watched(self, mail: str, patch: JSON) -> None:
         before = self._account.mailboxes_of(mail)
@@ -124,22 +128,30 @@ class Week:
         check_account(self._server, self.removed)
 
 
-def settled(program: "Popen[bytes]", output: Path, server: JMAPServer) -> tuple[int, ...]:
-    """How many greenlets, files that are no sockets, and sockets it has at rest: the least of some
-    looks, since a cycle may be running."""
+class Holdings(NamedTuple):
+    """What a program holds."""
 
-    def told() -> list[str]:
-        return re.findall(r"greenlets: (\d+)", output.read_text("utf-8"))
+    greenlets: int
+    files: int
+    sockets: int
 
+
+def holdings(program: "subprocess.Popen[bytes]", output: Path, server: JMAPServer) -> Holdings:
+    before = output.read_text("utf-8").count("greenlets:")
+    program.send_signal(signal.SIGUSR1)
+    server.wait_for(lambda: output.read_text("utf-8").count("greenlets:") > before)
+    files = Path(f"/proc/{program.pid}/fd")
+    links = [str(link.readlink()) for link in files.iterdir()]
+    greenlets = re.findall(r"greenlets: (\d+)", output.read_text("utf-8"))[-1]
+    return Holdings(int(greenlets), len(links), sum(link.startswith("socket:") for link in links))
+
+
+def settled(program: "subprocess.Popen[bytes]", output: Path, server: JMAPServer) -> Holdings:
+    """What it holds at rest: the least of some looks, since a cycle may be running."""
     looks = []
     for _ in range(8):
         server.wait_for(lambda: len(server.streams) == 1, 20)
-        before = len(told())
-        program.send_signal(signal.SIGUSR1)
-        server.wait_for(lambda: len(told()) > before)  # noqa: B023
-        files = [str(link.readlink()) for link in Path(f"/proc/{program.pid}/fd").iterdir()]
-        sockets = sum(file.startswith("socket:") for file in files)
-        looks.append((int(told()[-1]), len(files) - sockets, sockets))
+        looks.append(holdings(program, output, server))
         gevent.sleep(0.1)
     return min(looks)
 
@@ -155,9 +167,9 @@ def test_a_week(tmp_path: Path, long: bool) -> None:
             start, held = memory(program), settled(program, output, server)
             week.go_on(10_000 if long else 10**9, 1200 if long else 12)
             now = settled(program, output, server)
-            assert now[:2] == held[:2]
+            assert now.greenlets == held.greenlets
             # A connection to the API may stand, or have been closed by the last fault.
-            assert now[2] - held[2] <= 1
+            assert now.sockets - held.sockets == now.files - held.files <= 1
             assert memory(program) < start + 10 * 2**20
             grown = memory(program) - start
             assert stopped(program)
