@@ -185,10 +185,12 @@ class Rule(NamedTuple):
 
 
 def one_of(*words: str) -> Rule:
+    """Return the rule for one of at least two words."""
     return Rule(words.__contains__, f"{', '.join(words[:-1])} or {words[-1]}")
 
 
 def between(low: float, high: float, what: str) -> Rule:
+    """Return the rule for a number from one to another."""
     return Rule(lambda value: low <= value <= high, f"{what}, {low} to {high}")
 
 
@@ -2662,8 +2664,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parse_options(sys.argv[1:] if arguments is None else arguments)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if options.command != "run":  # The service stops in good order.
+            if options.command != "run":  # The service stops in good order.
+                for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: os._exit(130))
             settings = MailroomSettings()
             redact = settings.redact
